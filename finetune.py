@@ -98,7 +98,7 @@ LORA_PATTERNS = {
 }
 UNQUANTIZED = ["lm_head", "language_projection", "qformer", "vision_model"]
 PICTURE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]
-DECODING = 1  # raised when read_picture changes what it returns, so that kept features are made anew
+DECODING = 1  # raised when read_picture returns something else, so that features are made anew
 INFERENCE_BATCH = 16  # pictures encoded, measured or captioned at a time
 GENERATED = 256  # held-out pictures captioned before and after, at most
 NAMED = 10  # problems named on the screen; skipped.csv has all of them
@@ -139,9 +139,6 @@ def check_settings(settings: argparse.Namespace) -> None:
         value = getattr(settings, name)
         if type(value) not in (int, type(low)) or not low <= value <= high:
             needs[name] = f"a {'whole ' * isinstance(low, int)}number from {low} to {high}"
-    for name in ("TRAIN_DIR", "OUTPUT_DIR", "MODEL_ID"):
-        if not str(getattr(settings, name)).strip():
-            needs[name] = "a path or a name"
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(settings.DEVICE)):
         needs["DEVICE"] = "auto, cpu, cuda or one GPU such as cuda:1"
     if settings.DTYPE not in ("auto", "bfloat16", "float16", "float32"):
@@ -277,6 +274,9 @@ def print_skipped(skipped: list[Skipped]) -> None:
 # ---- Pictures -----------------------------------------------------------------------------------
 
 
+Decoded = tuple[list[tuple[str, int, int, str]], torch.Tensor | None]  # as of decode_batch
+
+
 class PictureError(Exception):
     """The picture can't be used; the message says why."""
 
@@ -323,29 +323,31 @@ def picture_state(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def decode_batch(
-    paths: list[str], processor: Blip2Processor | None
-) -> tuple[list[tuple[str, int, int, str]], torch.Tensor | None]:
-    """For each path a row (path, size, mtime_ns, reason why it can't be used or ""); and the
-    pixel_values of the usable ones, (pictures, 3, height, width). Without processor: None."""
+def decode_batch(paths: list[str], processor: Blip2Processor | None) -> Decoded:
+    """A row (path, size, mtime_ns, why it can't be used or "") for each picture; pixel_values.
+
+    The latter are those of the usable ones, (pictures, 3, height, width), or None if there are
+    none, or no processor.
+    """
+    side = processor.image_processor.size["height"] if processor else 224
     rows, pixels = [], []
     for path in paths:
-        size = mtime_ns = 0
+        state, reason = (0, 0), ""
         try:
-            size, mtime_ns = picture_state(path)  # first: a change while we read is seen next time
-            picture = read_picture(path, processor.image_processor.size["height"] if processor else 224)
+            state = picture_state(path)  # first: a change while we read is seen next time
+            picture = read_picture(path, side)
             if processor:
                 pixels.append(processor.image_processor(picture, return_tensors="pt").pixel_values)
-            rows.append((path, size, mtime_ns, ""))
         except (PictureError, OSError) as error:
-            rows.append((path, size, mtime_ns, str(error)))
+            reason = str(error)
+        rows.append((path, *state, reason))
     return rows, torch.cat(pixels) if pixels else None
 
 
 def read_pictures(
     paths: list[str], processor: Blip2Processor | None, workers: int, title: str
-) -> Iterator[tuple[list[tuple[str, int, int, str]], torch.Tensor | None]]:
-    """What decode_batch returns, batch by batch, in order, made by `workers` processes."""
+) -> Iterator[Decoded]:
+    """decode_batch of all paths, in order, done by `workers` processes, with a progress bar."""
     workers = min(workers, len(os.sched_getaffinity(0)), len(paths) // INFERENCE_BATCH)
     decode = functools.partial(decode_batch, processor=processor)
     with tqdm(total=len(paths), desc=title, unit="picture", disable=None) as bar:
@@ -355,7 +357,7 @@ def read_pictures(
 
 
 def check_pictures(pairs: list[Pair], skipped: list[Skipped], workers: int) -> int:
-    """Lists every pair and everything that is not used. Returns the exit code: 1 if no pair is left."""
+    """Lists every pair, and what is not used. Returns the exit code: 1 if no pair is left."""
     reasons = {}
     for rows, _ in read_pictures([pair.picture for pair in pairs], None, workers, "checking"):
         reasons |= {path: reason for path, _, _, reason in rows}
@@ -446,25 +448,16 @@ def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool
     place, kind, reason = choose_device(device, dtype, config)
     print(f"device: {place}, {str(kind).removeprefix('torch.')} ({reason})")
     nf4 = transformers.BitsAndBytesConfig(  # its own defaults are fp4, and arithmetic in fp32
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=kind,
-        llm_int8_skip_modules=UNQUANTIZED,
-    )
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=kind, llm_int8_skip_modules=UNQUANTIZED)
     try:
         # The Pillow class by name: the automatic one depends on whether torchvision is installed.
         image_processor = transformers.BlipImageProcessorPil.from_pretrained(model_id)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_id)
         processor = Blip2Processor(image_processor, tokenizer, config.num_query_tokens)
         model, loading = Blip2ForConditionalGeneration.from_pretrained(
-            model_id,
-            dtype=kind,
-            quantization_config=nf4 if in_4bit else None,
-            device_map={"": place},
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+            model_id, dtype=kind, quantization_config=nf4 if in_4bit else None,
+            device_map={"": place}, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # missing and damaged files raise a dozen kinds
         raise UserError(f"can't load MODEL_ID {model_id!r}: {error}") from error
     if loading["missing_keys"]:
@@ -481,21 +474,12 @@ def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool
             raise UserError(f"MODEL_ID {model_id!r} has no room for an image token.")
         model.config.image_token_index = image_token
         print(f"mended: a checkpoint of 2023 without an image token; <image> is {image_token} now")
-    text = config.text_config
-    # split_special_tokens: an <image> or </s> in somebody's text is text
     prefix = [image_token] * config.num_query_tokens
-    prefix += tokenizer(prompt, split_special_tokens=True)["input_ids"]
-    return Base(
-        model=model.eval().requires_grad_(False),
-        processor=processor,
-        device=place,
-        dtype=kind,
-        prefix=prefix,
-        num_query_tokens=config.num_query_tokens,
-        stop=text.eos_token_id,
-        pad=text.pad_token_id,
-        is_t5=text.model_type == "t5",
-    )
+    prefix += tokenizer(prompt, split_special_tokens=True)["input_ids"]  # an <image> in it is text
+    text = config.text_config
+    return Base(model.eval().requires_grad_(False), processor, place, kind, prefix,
+                config.num_query_tokens, text.eos_token_id, text.pad_token_id,
+                text.model_type == "t5")
 
 
 # ---- LoRA ---------------------------------------------------------------------------------------
@@ -557,8 +541,8 @@ class FeatureStore:
             return None
         return entry if isinstance(entry, str) else ""
 
-    def append(self, batches: Iterable[tuple[list[tuple], torch.Tensor | None]]) -> None:
-        """Keeps rows as of decode_batch, and the features of the usable ones, for good."""
+    def append(self, batches: Iterable[Decoded]) -> None:
+        """Keeps the rows, and the features in place of the pixel_values, for good."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file, count = uuid.uuid4().hex, 0
         path = self.folder / file
@@ -632,13 +616,17 @@ def tokenize_captions(
 ) -> tuple[dict[str, list[int]], int]:
     """The ids of each caption, at most `limit`, then the stop token; and how many were cut.
 
-    After a prompt comes a space, but for Flan-T5, whose decoder begins with the caption.
+    After a prompt comes a space, but for Flan-T5, whose decoder begins with the caption. Raises
+    UserError where the model has too few positions for `limit`.
     """
+    room = getattr(base.model.config.text_config, "max_position_embeddings", None)
+    if room and len(base.prefix) + limit + 1 > room:
+        raise UserError(f"picture, PROMPT and MAX_CAPTION_TOKENS = {limit} need more than the "
+                        f"{room} positions of this model. Lower MAX_CAPTION_TOKENS.")
     space, tokenized, cut = " " if prompt and not base.is_t5 else "", {}, 0
     for caption in dict.fromkeys(captions):
         ids = base.processor.tokenizer(
-            space + caption, add_special_tokens=False, split_special_tokens=True
-        )["input_ids"]
+            space + caption, add_special_tokens=False, split_special_tokens=True).input_ids
         cut += len(ids) > limit
         tokenized[caption] = ids[:limit] + [base.stop]
     return tokenized, cut
@@ -707,14 +695,12 @@ def pair_losses(model: PeftModel, rows: list[dict[str, Any]], base: Base) -> tor
         labels = labels[:, base.num_query_tokens + 1 :]
     with base.autocast():
         image = BaseModelOutputWithVisionQformerOutputs(
-            pooler_output=model.language_projection(features)
-        )
-        logits = model(
-            pixel_values=None, mm_encoder_outputs={"image": image}, use_cache=False, **batch
-        ).logits[:, : labels.shape[1]]
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
-    )
+            pooler_output=model.language_projection(features))
+        output = model(pixel_values=None, mm_encoder_outputs={"image": image}, use_cache=False,
+                       **batch)
+    logits = output.logits[:, : labels.shape[1]].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE,
+                             reduction="none")
     return losses.view_as(labels).sum(dim=1)
 
 
@@ -763,12 +749,8 @@ def generate_captions(
         output = model.language_model.generate(
             inputs_embeds=inputs_embeds,
             attention_mask=torch.ones_like(inputs_embeds[:, :, 0], dtype=torch.long),
-            max_new_tokens=limit + 1,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=base.stop,
-            pad_token_id=base.pad,
-        ).tolist()
+            max_new_tokens=limit + 1, do_sample=False, num_beams=1,
+            eos_token_id=base.stop, pad_token_id=base.pad).tolist()
     ended = [ids[: ids.index(base.stop)] if base.stop in ids else ids for ids in output]
     texts = base.processor.batch_decode(ended, skip_special_tokens=True)
     return [text.strip() for text in texts]
@@ -1009,12 +991,11 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
     try:
         record = json.loads((output / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"OUTPUT_DIR {str(output)!r} holds no finished run. Train first.") from error
+        raise UserError(f"there is no finished run in OUTPUT_DIR {str(output)!r}.") from error
     trained = argparse.Namespace(**record["settings"])
     with contextlib.redirect_stdout(sys.stderr):
-        base = load_base(
-            trained.MODEL_ID, trained.PROMPT, device, record["dtype"], trained.LOAD_IN_4BIT
-        )
+        base = load_base(trained.MODEL_ID, trained.PROMPT, device, record["dtype"],
+                         trained.LOAD_IN_4BIT)
     try:
         model = PeftModel.from_pretrained(base.model, str(output)).eval()
     except (OSError, ValueError, RuntimeError) as error:

@@ -1,0 +1,96 @@
+"""What the tests share: the two tiny bases, small data, and the command line in this process."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test waits for a network
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import processors  # noqa: E402
+from transformers import (  # noqa: E402
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+)
+
+import finetune  # noqa: E402
+
+torch.set_num_threads(1)  # several times faster for models as tiny as these
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def opt_base() -> str:
+    """The tiny BLIP-2 of the repository: OPT kind, trained."""
+    return str(HERE / "tiny_blip2")
+
+
+@pytest.fixture(scope="session")
+def t5_base(opt_base, tmp_path_factory) -> str:
+    """A random BLIP-2 with a T5, laid out as the Flan-T5 ones: </s> ends, pad starts the decoder."""
+    folder = tmp_path_factory.mktemp("tiny_blip2_t5")
+    processor = Blip2Processor.from_pretrained(opt_base)
+    tokenizer = processor.tokenizer
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    config = Blip2Config.from_pretrained(opt_base).to_dict()
+    config["text_config"] = {
+        "model_type": "t5", "d_model": 128, "d_kv": 32, "d_ff": 128, "num_layers": 2,
+        "num_heads": 4, "vocab_size": len(tokenizer), "feed_forward_proj": "gated-gelu",
+        "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id, "tie_word_embeddings": False,
+    }  # fmt: skip
+    config.pop("architectures")
+    torch.manual_seed(1)
+    Blip2ForConditionalGeneration(Blip2Config(**config)).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(params=["opt", "t5"])
+def any_base(request) -> str:
+    """Both kinds, one after the other."""
+    return request.getfixturevalue(f"{request.param}_base")
+
+
+@pytest.fixture
+def small_data(tmp_path) -> Path:
+    """Three captions of the sample with four pictures each: a TRAIN_DIR of its own."""
+    sample, folder = HERE.parent / "train", tmp_path / "data"
+    (folder / "caption").mkdir(parents=True)
+    for text in sorted((sample / "caption").glob("*.txt"))[::6]:
+        shutil.copy(text, folder / "caption")
+        (folder / "Image" / text.stem).mkdir(parents=True)
+        for picture in sorted((sample / "Image" / text.stem).iterdir())[:4]:
+            shutil.copy(picture, folder / "Image" / text.stem)
+    return folder
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """finetune.main with flags: command("--check", TRAIN_DIR=..., EPOCHS=1) -> (code, stdout, stderr).
+
+    OUTPUT_DIR is a new folder unless it is given, and nothing is read in other processes.
+    """
+
+    def call(*flags: str, **settings) -> tuple[int, str, str]:
+        settings = {"OUTPUT_DIR": tmp_path / "out", "NUM_WORKERS": 0} | settings
+        words = [part for name, value in settings.items()
+                 for part in ("--" + name.lower().replace("_", "-"), str(value))]
+        capsys.readouterr()
+        code = finetune.main([*words, *flags])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
