@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test waits for a network
 HERE = Path(__file__).resolve().parent
@@ -20,6 +21,7 @@ from transformers import (  # noqa: E402
 
 import finetune  # noqa: E402
 
+MISTAKES = pytest.StashKey[list]()
 torch.set_num_threads(1)  # several times faster for models as tiny as these
 
 
@@ -27,6 +29,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def report(request):
+    """report(mistake, usual, ours): a row of the table that is printed after the tests."""
+    rows = request.config.stash.setdefault(MISTAKES, [])
+    return lambda *row: rows.append(row)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for row in config.stash.get(MISTAKES, []):
+        terminalreporter.write_line("| " + " | ".join(row) + " |")
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +51,7 @@ def opt_base() -> str:
 
 @pytest.fixture(scope="session")
 def t5_base(opt_base, tmp_path_factory) -> str:
-    """A random BLIP-2 with a T5, laid out as the Flan-T5 ones: </s> ends, pad starts the decoder."""
+    """A random BLIP-2 with a T5, laid out as Flan-T5: </s> ends, pad starts the decoder."""
     folder = tmp_path_factory.mktemp("tiny_blip2_t5")
     processor = Blip2Processor.from_pretrained(opt_base)
     tokenizer = processor.tokenizer
@@ -79,7 +93,7 @@ def small_data(tmp_path) -> Path:
 
 @pytest.fixture
 def command(tmp_path, capsys):
-    """finetune.main with flags: command("--check", TRAIN_DIR=..., EPOCHS=1) -> (code, stdout, stderr).
+    """finetune.main: command("--check", TRAIN_DIR=..., EPOCHS=1) -> (code, stdout, stderr).
 
     OUTPUT_DIR is a new folder unless it is given, and nothing is read in other processes.
     """
@@ -94,3 +108,27 @@ def command(tmp_path, capsys):
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def build(tmp_path):
+    """What a run has made when its training starts: base, store, tokenized, dataset, model."""
+
+    def make(model_id: str, train_dir, in_4bit=False, prompt="", limit=64, dropout=0.0,
+             targets="attention") -> SimpleNamespace:  # fmt: skip
+        pairs, _, _ = finetune.find_pairs(str(train_dir))
+        base = finetune.load_base(model_id, prompt, "cpu", "auto", in_4bit)
+        store = finetune.open_features(base, str(train_dir), str(tmp_path / "features"))
+        finetune.encode_pictures(base, store, [pair.picture for pair in pairs], 0)
+        captions = [pair.caption for pair in pairs]
+        tokenized, _ = finetune.tokenize_captions(captions, base, prompt, limit)
+        dataset = finetune.ImageCaptioningDataset(pairs, store, tokenized, base)
+        torch.manual_seed(3)
+        model = finetune.add_lora(base.model, targets, 8, 16.0, dropout)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero as it comes, which would hide errors in lora_A's gradient
+                torch.nn.init.normal_(parameter, std=0.05)
+        return SimpleNamespace(pairs=pairs, base=base, store=store, tokenized=tokenized,
+                               dataset=dataset, model=model)  # fmt: skip
+
+    return make

@@ -2,10 +2,11 @@
 
     python tests/make_tiny_blip2.py [--steps 3000] [--only-sample]
 
-The tiny model is a real Blip2ForConditionalGeneration (OPT kind, Blip2Processor, byte-level tokenizer, a newline as
-stop token) that captions drawings of one coloured shape. It knows several styles of caption. The plain one is the
-most frequent, so it is what the model uses by itself; a small adapter can teach it to use one of the rare ones,
-SAMPLE_STYLE, in which the captions in train/ are written. Everything is seeded; progress and score are printed.
+The tiny model is a real Blip2ForConditionalGeneration (OPT kind, Blip2Processor, byte-level
+tokenizer, a newline as stop token) that captions drawings of one coloured shape. It knows several
+styles of caption. The plain one is the most frequent, so it is what the model uses by itself; a
+small adapter can teach it to use one of the rare ones, SAMPLE_STYLE, in which the captions in
+train/ are written. Everything is seeded; progress and score are printed.
 """
 
 import argparse
@@ -37,11 +38,13 @@ IMAGE_SIDE = 64
 NUM_QUERY_TOKENS = 8
 POOL = 24_000  # drawings made once and used again and again
 BATCH_SIZE = 64
-CAPTIONS_PER_DRAWING = 3  # several styles of one drawing in one batch: the vision side is the dear one
+CAPTIONS_PER_DRAWING = (
+    3  # several styles of one drawing in one batch: the vision side is the dear one
+)
 PEAK_LEARNING_RATE = 2e-3
 SAMPLE_CAPTIONS, SAMPLE_PICTURES = 16, 13
 
-# ---- What is drawn, and what is said of it --------------------------------------------------------------------------
+# ---- What is drawn, and what is said of it ------------------------------------------------------
 
 COLOURS = {  # plain word -> (synonym, RGB)
     "red": ("scarlet", (214, 39, 40)),
@@ -98,7 +101,7 @@ def outline(shape: str) -> list[tuple[float, float]]:
 
 
 def draw(drawing: tuple[str, str, str], seed: int) -> Image.Image:
-    """A picture of (shape, colour, ground): place, size, angle and tint are random. RGB, PICTURE_SIDE square."""
+    """An RGB picture of (shape, colour, ground); place, size, angle and tint are random."""
     rng = random.Random(seed)
     shape, colour, ground = drawing
     scale = 3  # drawn larger and reduced, for smooth edges
@@ -130,11 +133,11 @@ def caption(drawing: tuple[str, str, str], style: str) -> str:
     )
 
 
-# ---- The model ------------------------------------------------------------------------------------------------------
+# ---- The model ----------------------------------------------------------------------------------
 
 
 def make_processor() -> Blip2Processor:
-    """A byte-level BPE that knows the words of every style, laid out like OPT's: </s> is BOS, pad is 1."""
+    """A byte-level BPE that knows the words of every style, laid out like OPT's: </s> is BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -150,7 +153,11 @@ def make_processor() -> Blip2Processor:
         single="</s> $A", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        bos_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     )
     size = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
     return Blip2Processor(BlipImageProcessorPil(size=size), fast, num_query_tokens=NUM_QUERY_TOKENS)
@@ -163,13 +170,20 @@ def make_model(processor: Blip2Processor) -> Blip2ForConditionalGeneration:
     assert len(stop) == 1
     width = {"hidden_size": 128, "num_attention_heads": 4}
     config = Blip2Config(
-        vision_config=width | {"intermediate_size": 256, "num_hidden_layers": 3, "image_size": IMAGE_SIDE,
-                               "patch_size": 8, "initializer_range": 0.02},
-        qformer_config=width | {"intermediate_size": 256, "num_hidden_layers": 2, "cross_attention_frequency": 1,
-                                "vocab_size": 4, "max_position_embeddings": 4},
-        text_config=width | {"model_type": "opt", "ffn_dim": 256, "num_hidden_layers": 3, "word_embed_proj_dim": 128,
-                             "vocab_size": len(tokenizer), "max_position_embeddings": 256, "pad_token_id": 1,
-                             "bos_token_id": 2, "eos_token_id": stop[0]},
+        vision_config=width | {
+            "intermediate_size": 256, "num_hidden_layers": 3, "image_size": IMAGE_SIDE,
+            "patch_size": 8, "initializer_range": 0.02,
+        },
+        qformer_config=width | {
+            "intermediate_size": 256, "num_hidden_layers": 2, "cross_attention_frequency": 1,
+            "vocab_size": 4, "max_position_embeddings": 4,
+        },
+        text_config=width | {
+            "model_type": "opt", "ffn_dim": 256, "num_hidden_layers": 3,
+            "word_embed_proj_dim": 128, "vocab_size": len(tokenizer),
+            "max_position_embeddings": 256, "pad_token_id": 1, "bos_token_id": 2,
+            "eos_token_id": stop[0],
+        },
         num_query_tokens=NUM_QUERY_TOKENS,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_text_hidden_size=64,
@@ -177,30 +191,37 @@ def make_model(processor: Blip2Processor) -> Blip2ForConditionalGeneration:
     return Blip2ForConditionalGeneration(config)
 
 
-# ---- Training -------------------------------------------------------------------------------------------------------
+# ---- Training -----------------------------------------------------------------------------------
 
 
 def prepare(job: tuple[tuple[str, str, str], int]) -> np.ndarray:
     """One drawing as the processor sees it, in half precision. (3, IMAGE_SIDE, IMAGE_SIDE)"""
     size = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
     picture = draw(*job)
-    return BlipImageProcessorPil(size=size)(picture, return_tensors="np")["pixel_values"][0].astype(np.float16)
+    return BlipImageProcessorPil(size=size)(picture, return_tensors="np")["pixel_values"][0].astype(
+        np.float16
+    )
 
 
 def train(model: Blip2ForConditionalGeneration, processor: Blip2Processor, steps: int) -> None:
-    """Captions in all styles; beside them, three small heads name shape, colour and ground from the query tokens.
+    """Captions in all styles; beside them, three small heads name shape, colour and ground.
 
-    The heads are thrown away. They do what BLIP-2's first stage does: the vision side learns from a direct signal
-    instead of through an untrained language model. eval() throughout: no dropout, the drawings never end.
+    The heads look at the query tokens and are thrown away. They do what BLIP-2's first stage does:
+    the vision side learns from a direct signal instead of through an untrained language model.
+    eval() throughout: there are enough drawings to do without dropout.
     """
     rng = random.Random(SEED)
     with ProcessPoolExecutor() as pool:
         jobs = [(rng.choice(DRAWINGS), SEED * 1_000_000 + i) for i in range(POOL)]
-        pixels = np.stack(list(tqdm(pool.map(prepare, jobs, chunksize=64), total=POOL, desc="drawing")))
+        pixels = np.stack(
+            list(tqdm(pool.map(prepare, jobs, chunksize=64), total=POOL, desc="drawing"))
+        )
         pixels = torch.from_numpy(pixels)
     drawings = [drawing for drawing, _ in jobs]
     classes = [list(SHAPES), list(COLOURS), list(COLOURS)]
-    targets = torch.tensor([[names.index(part) for names, part in zip(classes, d, strict=True)] for d in drawings])
+    targets = torch.tensor(
+        [[names.index(part) for names, part in zip(classes, d, strict=True)] for d in drawings]
+    )
     heads = torch.nn.ModuleList(torch.nn.Linear(128, len(names)) for names in classes)
 
     tokenizer = processor.tokenizer
@@ -230,8 +251,10 @@ def train(model: Blip2ForConditionalGeneration, processor: Blip2Processor, steps
         labels[:, : len(layout)] = -100
         labels[labels == 1] = -100  # padding; no caption contains <pad>
         image.pooler_output = image.pooler_output.repeat_interleave(CAPTIONS_PER_DRAWING, dim=0)
-        loss = model(pixel_values=None, mm_encoder_outputs={"image": image}, input_ids=ids,
-                     attention_mask=(ids != 1).long(), labels=labels, use_cache=False).loss  # fmt: skip
+        loss = model(
+            pixel_values=None, mm_encoder_outputs={"image": image}, input_ids=ids,
+            attention_mask=(ids != 1).long(), labels=labels, use_cache=False,
+        ).loss  # fmt: skip
         (loss + naming).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -250,15 +273,18 @@ def score(model: Blip2ForConditionalGeneration, processor: Blip2Processor, count
     ids = model.generate(**inputs, max_new_tokens=32)[:, inputs["input_ids"].shape[1] :]
     captions = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
     for drawing, text in list(zip(drawings, captions, strict=True))[:10]:
-        print(f"{'  ' if text == caption(drawing, 'plain') else '! '}{caption(drawing, 'plain')} -> {text}")
+        print(
+            f"{' ' if text == caption(drawing, 'plain') else '!'} "
+            f"{caption(drawing, 'plain')} -> {text}"
+        )
     return sum(text == caption(d, "plain") for d, text in zip(drawings, captions, strict=True))
 
 
-# ---- The sample -----------------------------------------------------------------------------------------------------
+# ---- The sample ---------------------------------------------------------------------------------
 
 
 def write_sample(folder: Path) -> None:
-    """SAMPLE_CAPTIONS captions in SAMPLE_STYLE with SAMPLE_PICTURES drawings each, in finetune.py's layout."""
+    """SAMPLE_CAPTIONS captions with SAMPLE_PICTURES drawings each, as a TRAIN_DIR."""
     rng = random.Random(SEED + 2)
     shutil.rmtree(folder / "caption", ignore_errors=True)
     shutil.rmtree(folder / "Image", ignore_errors=True)
@@ -266,7 +292,9 @@ def write_sample(folder: Path) -> None:
     for n, drawing in enumerate(sorted(rng.sample(DRAWINGS, SAMPLE_CAPTIONS))):
         shape, colour, ground = drawing
         name = f"{shape}-{colour}-on-{ground}"
-        (folder / "caption" / f"{name}.txt").write_text(caption(drawing, SAMPLE_STYLE) + "\n", encoding="utf-8")
+        (folder / "caption" / f"{name}.txt").write_text(
+            caption(drawing, SAMPLE_STYLE) + "\n", encoding="utf-8"
+        )
         (folder / "Image" / name).mkdir(parents=True)
         for i in range(SAMPLE_PICTURES):
             picture = draw(drawing, 10**13 + n * 1000 + i)
@@ -274,9 +302,15 @@ def write_sample(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000, help="training steps (3000: 20 minutes on two cores)")
-    parser.add_argument("--only-sample", action="store_true", help="draw train/ again, leave the model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3000, help="training steps (3000: 20 minutes on two cores)"
+    )
+    parser.add_argument(
+        "--only-sample", action="store_true", help="draw train/ again, leave the model"
+    )
     parser.add_argument("--output", type=Path, default=HERE / "tiny_blip2")
     arguments = parser.parse_args()
     write_sample(HERE.parent / "train")
@@ -285,12 +319,18 @@ def main() -> None:
     torch.manual_seed(SEED)
     processor = make_processor()
     model = make_model(processor).eval()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(processor.tokenizer)} tokens"
+    )
     train(model, processor, arguments.steps)
     model.half().save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
-    reloaded = Blip2ForConditionalGeneration.from_pretrained(arguments.output, dtype=torch.float32).eval()
-    print(f"{score(reloaded, Blip2Processor.from_pretrained(arguments.output))} of 100 unseen drawings exactly captioned")
+    reloaded = Blip2ForConditionalGeneration.from_pretrained(
+        arguments.output, dtype=torch.float32
+    ).eval()
+    right = score(reloaded, Blip2Processor.from_pretrained(arguments.output))
+    print(f"{right} of 100 unseen drawings exactly captioned")
 
 
 if __name__ == "__main__":

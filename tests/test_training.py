@@ -1,0 +1,382 @@
+"""One row, one step, one adapter: each is compared with something that was computed otherwise."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor
+
+import finetune
+
+REPOSITORY = Path(finetune.__file__).parent
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def step(built) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one step on all pairs, as the training loop computes them."""
+    built.model.zero_grad()
+    rows = [built.dataset[i] for i in range(len(built.dataset))]
+    loss = finetune.pair_losses(built.model, rows, built.base).sum() / finetune.count_tokens(rows)
+    loss.backward()
+    return loss.item(), gradients(built.model)
+
+
+# ---- Rows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+@pytest.mark.parametrize("limit", [64, 3])
+def test_rows_are_picture_prompt_caption_stop_padding(any_base, small_data, build, prompt, limit):
+    texts = sorted((small_data / "caption").iterdir())
+    texts[0].write_text("one")  # so that a batch has padding
+    texts[1].write_text("emerald </s> disc <image>")  # words, not tokens
+    built = build(any_base, small_data, prompt=prompt, limit=limit)
+    processor = Blip2Processor.from_pretrained(any_base)
+    is_t5 = built.base.is_t5
+    stop = built.base.model.config.text_config.eos_token_id
+    image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert is_t5 or processor.tokenizer.decode([stop]) == "\n"
+    lengths = []
+    for index, pair in enumerate(built.pairs):
+        row = built.dataset[index]
+        ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
+        given = processor(images=Image.open(pair.picture), text=prompt)["input_ids"][0]
+        space = " " if prompt and not is_t5 else ""
+        tokenizer = AutoTokenizer.from_pretrained(any_base, split_special_tokens=True)
+        caption = tokenizer(space + pair.caption, add_special_tokens=False)["input_ids"][:limit]
+        assert given.count(image_token) == built.base.num_query_tokens == 8
+        assert ids.count(image_token) == 8 and ids[:8] == [image_token] * 8
+        if is_t5:
+            assert ids == given and labels == caption + [stop]
+        else:
+            assert ids == given + caption + [stop]
+            assert labels == [-100] * len(given) + caption + [stop]
+        lengths.append(len(labels))
+    batch = finetune.collate_fn([built.dataset[i] for i in range(len(lengths))], built.base.pad)
+    assert batch["labels"].shape == (len(lengths), max(lengths)) and min(lengths) < max(lengths)
+    for i, length in enumerate(lengths):
+        assert (batch["labels"][i, length:] == -100).all()
+        row = built.dataset[i]["input_ids"]
+        assert batch["input_ids"][i, : len(row)].equal(row)
+        assert batch["attention_mask"][i].tolist() == [1] * len(row) + [0] * (
+            batch["input_ids"].shape[1] - len(row))  # fmt: skip
+        assert (batch["input_ids"][i, len(row) :] == built.base.pad).all()
+
+
+# ---- An independent oracle ----------------------------------------------------------------------
+
+
+def oracle(folder: str, pairs, prompt: str, lora: dict[str, torch.Tensor], scale: float):
+    """Loss and LoRA gradients of one step, from the live pictures, one unpadded pair at a time.
+
+    `lora` maps "<module>.A" and "<module>.B" to weights. Nothing of PEFT or finetune.py is used.
+    """
+    model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = Blip2Processor.from_pretrained(folder)
+    tokenizer, config = processor.tokenizer, model.config
+    model.requires_grad_(False)
+    lora = {name: weight.clone().requires_grad_() for name, weight in lora.items()}
+
+    def adapt(name):
+        def hook(module, inputs, output):
+            return output + scale * (inputs[0] @ lora[f"{name}.A"].T) @ lora[f"{name}.B"].T
+        return hook  # fmt: skip
+
+    for name in {name[:-2] for name in lora}:
+        model.get_submodule(name).register_forward_hook(adapt(name))
+    is_t5 = config.text_config.model_type == "t5"
+    stop = torch.tensor([config.text_config.eos_token_id])
+    total, tokens = torch.zeros(()), 0
+    for picture, caption in pairs:
+        pixels = processor(images=Image.open(picture).convert("RGB"), return_tensors="pt")
+        seen = model.vision_model(pixels["pixel_values"]).last_hidden_state
+        queries = model.qformer(query_embeds=model.query_tokens, encoder_hidden_states=seen)
+        image = model.language_projection(queries.last_hidden_state)
+        words = (" " if prompt and not is_t5 else "") + caption
+        words = torch.tensor(tokenizer(words, add_special_tokens=False)["input_ids"])
+        target = torch.cat([words, stop])
+        embed = model.get_input_embeddings()
+        given = embed(torch.tensor([tokenizer(prompt)["input_ids"]]))
+        if is_t5:
+            start = torch.tensor([config.text_config.decoder_start_token_id])
+            logits = model.language_model(
+                inputs_embeds=torch.cat([image, given], dim=1),
+                decoder_input_ids=torch.cat([start, words])[None],
+            ).logits[0]
+        else:
+            whole = torch.cat([image, given, embed(words)[None]], dim=1)
+            logits = model.language_model(inputs_embeds=whole).logits[0, -len(target) :]
+        chosen = torch.log_softmax(logits, dim=-1)[torch.arange(len(target)), target]
+        total, tokens = total - chosen.sum(), tokens + len(target)
+    (total / tokens).backward()
+    return (total / tokens).item(), {name: weight.grad for name, weight in lora.items()}
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+def test_a_step_equals_the_oracle(any_base, small_data, build, prompt, targets):
+    next((small_data / "caption").iterdir()).write_text("one star")  # unequal lengths: padding
+    built = build(any_base, small_data, prompt=prompt, targets=targets)
+    loss, found = step(built)
+
+    def plain(name):
+        short = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+        return short.replace(".lora_A", ".A").replace(".lora_B", ".B")
+
+    lora = {plain(n): p.detach() for n, p in built.model.named_parameters() if p.requires_grad}
+    expected_loss, expected = oracle(any_base, built.pairs, prompt, lora, scale=16.0 / 8)
+    assert math.isclose(loss, expected_loss, rel_tol=1e-5)
+    assert len(found) == len(expected) > 10
+    for name, gradient in found.items():
+        reference = expected[plain(name)]
+        assert reference.norm() > 0
+        assert (gradient - reference).norm() <= 1e-5 * reference.norm(), name
+
+
+# ---- What trains, and what stays still ----------------------------------------------------------
+
+
+def test_only_lora_in_the_language_model_trains(any_base, small_data, build, command):
+    plain = Blip2ForConditionalGeneration.from_pretrained(any_base, dtype=torch.float32)
+    built = build(any_base, small_data)
+    settings = finetune.parse_arguments(
+        ["--epochs", "2", "--learning-rate", "0.01", "--output-dir", str(small_data)]
+    )
+    before = {n: p.clone() for n, p in built.model.named_parameters()}
+    finetune.train(settings, built.base, built.model, built.dataset, built.dataset)
+    changed = {n for n, p in built.model.named_parameters() if not torch.equal(p, before[n])}
+    trainable = {n for n, p in built.model.named_parameters() if p.requires_grad}
+    assert changed == trainable
+    assert all("language_model" in name and "lora_" in name for name in trainable)
+    layers = 3 * 4 if not built.base.is_t5 else (2 + 2 * 2) * 4
+    assert len(trainable) == 2 * layers
+    for name, parameter in plain.named_parameters():
+        wrapped = f"base_model.model.{name}"
+        if wrapped not in before:
+            wrapped = re.sub(r"\.(weight|bias)$", r".base_layer.\1", wrapped)
+        assert torch.equal(parameter, before[wrapped])
+
+
+@pytest.mark.parametrize("pattern, problem", [
+    (r"no_such_layer", "matches nothing"),
+    (r".*\.(fc1|k)", "vision_model.encoder.layers.0.mlp.fc1"),
+    (r".*qkv", "vision_model.encoder.layers.0.self_attn.qkv"),
+    (r"language_projection|language_model\..*\.(k|k_proj)", "language_projection"),
+    (r"language_model\.lm_head", "lm_head"),
+])  # fmt: skip
+def test_targets_beyond_the_language_model_are_refused(
+    any_base, small_data, command, pattern, problem
+):
+    code, _, error = command(TRAIN_DIR=small_data, MODEL_ID=any_base, LORA_TARGETS=pattern)
+    assert code == 1 and problem in error and "Traceback" not in error
+    example = "SelfAttention" if "t5" in any_base else r"decoder\.layers\.\d+\.self_attn\.k_proj"
+    assert example in error  # what could match
+
+
+def test_everything_but_lora_dropout_is_in_eval_mode(any_base, small_data, build, monkeypatch):
+    built = build(any_base, small_data, dropout=0.5)
+    modes, real = [], finetune.pair_losses
+
+    def watched(model, rows, base):
+        modes.append({n for n, m in model.named_modules() if m.training})
+        return real(model, rows, base)
+
+    monkeypatch.setattr(finetune, "pair_losses", watched)
+    settings = finetune.parse_arguments(["--epochs", "1", "--output-dir", str(small_data)])
+    finetune.train(settings, built.base, built.model, built.dataset, built.dataset)
+    assert modes[0] == modes[-1] == set()  # held-out loss
+    assert modes[1] and all(".lora_dropout" in name for name in modes[1])
+    picture = built.pairs[0].picture
+    _, pixels = finetune.decode_batch([picture], built.base.processor)
+    plain = Blip2ForConditionalGeneration.from_pretrained(any_base, dtype=torch.float32).eval()
+    with torch.no_grad():
+        live = plain.get_image_features(pixels).qformer_outputs.last_hidden_state[0]
+    assert torch.equal(built.store[picture], live)
+
+
+def test_nf4_is_the_language_model_without_its_head(any_base, small_data, build):
+    built = build(any_base, small_data, in_4bit=True, targets="all-linear")
+    kinds = {n: type(m) for n, m in built.base.model.named_modules()
+             if isinstance(m, torch.nn.Linear) and "lora_" not in n}  # fmt: skip
+    for name, kind in kinds.items():
+        in_4_bits = name.startswith("language_model.") and "lm_head" not in name
+        in_4_bits &= "DenseReluDense.wo" not in name  # transformers keeps T5's out: it overflows
+        assert (kind is Linear4bit) == in_4_bits, name
+    quantized = [m for m in built.base.model.modules() if isinstance(m, Linear4bit)]
+    assert len(quantized) > 10
+    for module in quantized:
+        assert module.weight.quant_type == "nf4" and module.weight.quant_state.nested
+        assert module.compute_dtype == torch.float32
+
+
+def test_a_held_out_pass_does_not_change_the_next_gradient(any_base, small_data, build):
+    built = build(any_base, small_data, in_4bit=True)
+    loss, before = step(built)
+    rows = [built.dataset[i] for i in range(len(built.dataset))]
+    finetune.mean_loss(built.model, [rows], built.base)
+    finetune.caption_dataset(built.model, built.base, built.dataset, 5)
+    again, after = step(built)
+    assert loss == again
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_nf4_gradients_are_those_of_the_dequantized_weights(any_base, small_data, build):
+    built, full = build(any_base, small_data, in_4bit=True), build(any_base, small_data)
+    loss, found = step(built)
+    with torch.no_grad():
+        for name, module in built.base.model.named_modules():
+            if isinstance(module, Linear4bit):
+                weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+                full.base.model.get_submodule(name).weight.copy_(weight)
+    expected_loss, expected = step(full)
+    assert math.isclose(loss, expected_loss, rel_tol=1e-4)
+    for name in expected:
+        assert (found[name] - expected[name]).norm() <= 1e-3 * expected[name].norm(), name
+
+
+# ---- The picture, and the captions --------------------------------------------------------------
+
+
+def test_a_base_that_ignores_pictures_is_refused(opt_base, small_data, command, tmp_path):
+    blind = tmp_path / "blind"
+    shutil.copytree(opt_base, blind)
+    weights = load_file(blind / "model.safetensors")
+    for name in ("language_projection.weight", "language_projection.bias"):
+        weights[name].zero_()
+    save_file(weights, blind / "model.safetensors", metadata={"format": "pt"})
+    code, output, error = command(TRAIN_DIR=small_data, MODEL_ID=blind)
+    assert code == 1 and "blank pictures" in error
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_captions_end_by_the_stop_token(any_base, small_data, build, monkeypatch):
+    built = build(any_base, small_data, prompt="a photo of")
+    language_model = built.base.model.language_model
+    seen, real = [], language_model.generate
+
+    def watched(**arguments):
+        seen.append(real(**arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(language_model, "generate", watched)
+    captions = finetune.caption_dataset(built.model, built.base, built.dataset, 30)
+    assert len(captions) == len(built.pairs)
+    assert not any("a photo of" in text or "<" in text or "\n" in text for text in captions)
+    if not built.base.is_t5:  # the T5 one is random: nobody taught it to stop
+        assert all(built.base.stop in ids and ids.index(built.base.stop) < 30
+                   for output in seen for ids in output.tolist())  # fmt: skip
+
+
+def test_a_checkpoint_of_2023_is_mended(any_base, small_data, command, tmp_path):
+    """No image token in its config, none in its tokenizer, no num_query_tokens in its processor."""
+    old = tmp_path / "old"
+    shutil.copytree(any_base, old)
+    config = json.loads((old / "config.json").read_text())
+    expected = config.pop("image_token_index")
+    (old / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((old / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "<image>"]
+    (old / "tokenizer.json").write_text(json.dumps(tokenizer))
+    processor = json.loads((old / "processor_config.json").read_text())
+    processor.pop("num_query_tokens")
+    (old / "processor_config.json").write_text(json.dumps(processor))
+    flags = {"TRAIN_DIR": small_data, "EPOCHS": 1}
+    code, mended, error = command(MODEL_ID=old, OUTPUT_DIR=tmp_path / "a", **flags)
+    assert code == 0, error
+    assert f"mended: a checkpoint of 2023 without an image token; <image> is {expected}" in mended
+    code, whole, _ = command(MODEL_ID=any_base, OUTPUT_DIR=tmp_path / "b", **flags)
+    assert code == 0 and "mended" not in whole
+    losses = [re.findall(r"held-out (?:loss before: )?(\d\S+)", text) for text in (mended, whole)]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+# ---- The whole way ------------------------------------------------------------------------------
+
+
+def exact(output: str) -> dict[str, tuple[int, int]]:
+    found = re.findall(r"^exact_captions_(\w+): +(\d+) of (\d+)$", output, re.M)
+    return {name: (int(right), int(count)) for name, right, count in found}
+
+
+def readme_flags() -> dict[str, str]:
+    """The flags of the README's first command."""
+    line = re.search(r"finetune\.py (--model-id .*)", (REPOSITORY / "README.md").read_text())[1]
+    return {k.replace("-", "_").upper(): v for k, v in re.findall(r"--(\S+) (\S+)", line)}
+
+
+def test_the_readmes_first_command_teaches_the_sample(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(REPOSITORY)
+    shutil.copytree("train", tmp_path / "train", ignore=shutil.ignore_patterns(".*"))
+    code, output, error = command(**readme_flags(), TRAIN_DIR=tmp_path / "train")
+    assert code == 0, error
+    right, count = exact(output)["before"]
+    assert count >= 20 and right <= 0.1 * count
+    right, count = exact(output)["after"]
+    assert count >= 20 and right >= 0.9 * count
+
+
+def test_pictures_kept_back_are_captioned_by_flag_and_by_the_readmes_snippet(
+    command, monkeypatch, tmp_path, capsys
+):
+    """One picture of each caption never enters the training folder."""
+    monkeypatch.chdir(REPOSITORY)
+    shutil.copytree("train", tmp_path / "train", ignore=shutil.ignore_patterns(".*"))
+    (tmp_path / "kept").mkdir()
+    expected = {}
+    for folder in sorted((tmp_path / "train" / "Image").iterdir()):
+        picture = tmp_path / "kept" / f"{folder.name}.png"
+        sorted(folder.iterdir())[4].rename(picture)
+        text = tmp_path / "train" / "caption" / f"{folder.name}.txt"
+        expected[str(picture)] = text.read_text().strip()
+    code, _, error = command(**readme_flags(), TRAIN_DIR=tmp_path / "train")
+    assert code == 0, error
+    code, output, error = command("--caption", str(tmp_path / "kept"))
+    assert code == 0, error
+    captions = dict(line.split("\t") for line in output.splitlines())
+    assert captions.keys() == expected.keys()
+    assert sum(captions[p] == expected[p] for p in expected) >= 0.9 * len(expected)
+
+    snippet = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)[1]
+    for picture, caption in captions.items():
+        code = snippet.replace("blip2_lora_finetuned", str(tmp_path / "out"))
+        code = code.replace("picture.jpg", picture)
+        capsys.readouterr()
+        exec(code, {})
+        assert capsys.readouterr().out.strip().splitlines()[-1] == caption
+
+
+def test_the_adapter_gives_plain_peft_the_same_logits(any_base, small_data, build, tmp_path):
+    built = build(any_base, small_data, prompt="a photo of")
+    finetune.save_adapter(built.model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
+        "adapter_config.json", "adapter_model.safetensors"]  # fmt: skip
+    plain = Blip2ForConditionalGeneration.from_pretrained(any_base, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    processor = Blip2Processor.from_pretrained(any_base)
+    pair = built.pairs[0]
+    inputs = processor(images=Image.open(pair.picture), text="a photo of", return_tensors="pt")
+    row = built.dataset[0]
+    labels = row["labels"][row["labels"] != -100]
+    if built.base.is_t5:
+        inputs["labels"] = labels[None]
+    else:
+        inputs["input_ids"] = row["input_ids"][None]
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad():
+        logits = plain(**inputs).logits[0]
+        logits = logits if built.base.is_t5 else logits[-1 - len(labels) : -1]
+        chosen = -torch.log_softmax(logits, -1)[torch.arange(len(labels)), labels].sum()
+        found = finetune.pair_losses(built.model, [row], built.base)[0]
+    assert math.isclose(chosen.item(), found.item(), rel_tol=1e-5)
