@@ -778,7 +778,8 @@ def compare_captions(
             print(f"  {name + ':':<11}{text}")
     exact = {"before": sum(true == text for _, true, text, _ in samples),
              "after": sum(true == text for _, true, _, text in samples)}
-    return {f"exact_captions_{name}": f"{n} of {len(samples)}" for name, n in exact.items()}
+    return {f"exact_captions_{name}": f"{number} of {len(samples)}"
+            for name, number in exact.items() if samples}
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -901,7 +902,7 @@ def train(
         bar.set_postfix_str(f"loss {loss:.3f}, {pairs / seconds:.1f} pairs/s", refresh=False)
         if (step + 1) % steps_per_epoch == 0:
             epoch, after = (step + 1) // steps_per_epoch, held_out_loss()
-            improved = not after >= best  # NaN, which is no held-out pair, too: the last is kept
+            improved = after < best or not held_out.pairs  # with none held out, the last is kept
             if improved:
                 best, best_epoch = after, epoch
                 best_weights = [weight.detach().clone() for weight in weights]
@@ -911,14 +912,10 @@ def train(
             epoch_loss, epoch_tokens = 0.0, 0
     for weight, kept in zip(weights, best_weights, strict=True):
         weight.data.copy_(kept)
-    return {
-        "steps": steps,
-        "training_seconds": round(seconds, 1),
-        "pairs_per_second": round(pairs / seconds, 1),
-        "best_epoch": best_epoch,
-        "held_out_loss_before": round(before, 4),
-        "held_out_loss_after": round(best, 4),
-    }
+    figures = {"steps": steps, "training_seconds": round(seconds, 1),
+               "pairs_per_second": round(pairs / seconds, 1), "best_epoch": best_epoch}
+    losses = {"held_out_loss_before": round(before, 4), "held_out_loss_after": round(best, 4)}
+    return figures | losses if held_out.pairs else figures
 
 
 # ---- Saving -------------------------------------------------------------------------------------
@@ -947,7 +944,8 @@ def open_output(folder: Path, skipped: list[Skipped]) -> None:
         folder.rename(name)
         folder.mkdir()
         print(f"the earlier run is in {name} now")
-    with open(folder / "skipped.csv", "w", newline="", errors="surrogateescape") as file:
+    path = folder / "skipped.csv"
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([Skipped._fields, *skipped])
 
 
@@ -987,11 +985,12 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
     skipped: list[Skipped] = []
     pictures = []
     for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"there is no picture or folder {path!r}.")
         pictures += list_files(path, skipped) if os.path.isdir(path) else [path]
-    try:
-        record = json.loads((output / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"there is no finished run in OUTPUT_DIR {str(output)!r}.") from error
+    if not (output / "adapter_model.safetensors").is_file():
+        raise UserError(f"OUTPUT_DIR {str(output)!r} holds no adapter. Train one first.")
+    record = json.loads((output / "settings.json").read_text(encoding="utf-8"))
     trained = argparse.Namespace(**record["settings"])
     with contextlib.redirect_stdout(sys.stderr):
         base = load_base(trained.MODEL_ID, trained.PROMPT, device, record["dtype"],
@@ -1062,10 +1061,11 @@ def run(settings: argparse.Namespace) -> int:
     check_sight(model, dataset, base)
     before = caption_dataset(model, base, held_out, limit)
     open_output(output, skipped)
+    base.processor.save_pretrained(output)
+    save_settings(output, settings, base, {})
     results = train(settings, base, model, dataset, held_out)
     after = caption_dataset(model, base, held_out, limit)
     results |= compare_captions(held_out, before, after, settings.SAMPLE_COUNT)
-    base.processor.save_pretrained(output)
     save_settings(output, settings, base, results)
     summary = {"training_pairs": len(pairs), "held_out_pairs": len(validation)}
     for name, value in {**summary, "not_used": len(skipped), **results, "adapter": output}.items():
@@ -1079,10 +1079,17 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names may be no valid Unicode
     try:
         return run(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        print(f"error: out of memory. Set LOAD_IN_4BIT, or free memory. ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
