@@ -426,7 +426,7 @@ def choose_device(
             size = Blip2ForConditionalGeneration(config).num_parameters()
         if device == "auto" and size > CPU_PARAMETERS:
             raise UserError(f"{reason}, and a model of {size / 1e9:.1f} billion parameters is very "
-                            "slow on the CPU. If that is what you want: --device cpu.")
+                            "slow on the CPU. Mend that, or say --device cpu if you mean it.")
         device, dtype = "cpu", "float32" if dtype == "auto" else dtype
     else:
         device = "cuda" if device == "auto" else device
@@ -1053,7 +1053,7 @@ def run(settings: argparse.Namespace) -> int:
     dataset = ImageCaptioningDataset(pairs, store, tokenized, base)
     held_out = ImageCaptioningDataset(validation, store, tokenized, base)
     print(f"pairs: {len(pairs)} to train on, {len(validation)} held out")
-    print(f"row: {describe_row(dataset[0], base)} (in brackets: what is learned)")
+    print(f"row: {describe_row(dataset[0], base)}  ([...] is learned)")
 
     torch.manual_seed(settings.SEED)  # of the adapter's first weights
     model = add_lora(base.model, settings.LORA_TARGETS, settings.LORA_RANK, settings.LORA_ALPHA,
