@@ -44,6 +44,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate.utils.memory import should_reduce_batch_size
 from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
@@ -139,17 +140,22 @@ def check_settings(settings: argparse.Namespace) -> None:
         value = getattr(settings, name)
         if type(value) not in (int, type(low)) or not low <= value <= high:
             needs[name] = f"a {'whole ' * isinstance(low, int)}number from {low} to {high}"
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(settings.DEVICE)):
+    for name in vars(settings).keys() - RANGES.keys() - {"check", "caption", "LOAD_IN_4BIT"}:
+        if not isinstance(getattr(settings, name), str):
+            needs[name] = "text in quotes"
+    if not isinstance(settings.LOAD_IN_4BIT, bool):
+        needs["LOAD_IN_4BIT"] = "True or False"
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", str(settings.DEVICE)):
         needs["DEVICE"] = "auto, cpu, cuda or one GPU such as cuda:1"
     if settings.DTYPE not in ("auto", "bfloat16", "float16", "float32"):
         needs["DTYPE"] = "auto, bfloat16, float16 or float32"
     try:
-        re.compile(LORA_PATTERNS.get(settings.LORA_TARGETS, settings.LORA_TARGETS))
+        re.compile(str(settings.LORA_TARGETS))
     except re.error as error:
         needs["LORA_TARGETS"] = f"attention, all-linear or a regular expression ({error})"
     if needs:
         problems = [f"{name} is {getattr(settings, name)!r}; it must be {need}."
-                    for name, need in needs.items()]
+                    for name, need in sorted(needs.items())]
         raise UserError("\n  ".join(["some settings can't be used:", *problems]))
     settings.PROMPT = " ".join(settings.PROMPT.split())  # a space at its end breaks the next token
 
@@ -257,7 +263,8 @@ def find_pairs(folder: str) -> tuple[list[Pair], list[Skipped], list[str]]:
             pairs += [Pair(path, caption) for path in images]
     if not pairs:
         print_skipped(sorted(skipped))
-        raise UserError(f"no picture in {image_dir} has a caption in {caption_dir} by its name.")
+        raise UserError(f"no picture in {image_dir} has a caption in {caption_dir}. Name a folder "
+                        "of pictures as its caption: Image/rose/ for caption/rose.txt.")
     return sorted(pairs), sorted(skipped), remarks
 
 
@@ -290,10 +297,11 @@ def read_picture(path: str, side: int) -> Image.Image:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise PictureError("is not a file")  # a pipe would block for ever
-        with warnings.catch_warnings(), Image.open(path, formats=PICTURE_FORMATS) as picture:
-            warnings.simplefilter("ignore")  # about EXIF and odd palettes; what matters raises
-            picture.draft(None, (2 * side, 2 * side))
-            upright = ImageOps.exif_transpose(picture)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about EXIF, palettes, sizes; what matters raises
+            with Image.open(path, formats=PICTURE_FORMATS) as picture:
+                picture.draft(None, (2 * side, 2 * side))
+                upright = ImageOps.exif_transpose(picture)
             if upright.mode.startswith("I;16"):
                 grey = np.asarray(upright).astype(np.float32) / 257
                 upright = Image.fromarray(grey.round().astype(np.uint8))
@@ -319,7 +327,10 @@ def read_picture(path: str, side: int) -> Image.Image:
 
 def picture_state(path: str) -> tuple[int, int]:
     """Size in bytes and time of the last change in ns: by these a picture is known again."""
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError:  # a link to nothing: read_picture says so
+        return 0, 0
     return status.st_size, status.st_mtime_ns
 
 
@@ -332,13 +343,12 @@ def decode_batch(paths: list[str], processor: Blip2Processor | None) -> Decoded:
     side = processor.image_processor.size["height"] if processor else 224
     rows, pixels = [], []
     for path in paths:
-        state, reason = (0, 0), ""
+        state, reason = picture_state(path), ""  # first: a change from now on is seen next time
         try:
-            state = picture_state(path)  # first: a change while we read is seen next time
             picture = read_picture(path, side)
             if processor:
                 pixels.append(processor.image_processor(picture, return_tensors="pt").pixel_values)
-        except (PictureError, OSError) as error:
+        except PictureError as error:
             reason = str(error)
         rows.append((path, *state, reason))
     return rows, torch.cat(pixels) if pixels else None
@@ -395,16 +405,18 @@ class Base(NamedTuple):
 def load_config(model_id: str) -> Blip2Config:
     """Raises UserError where there is no model, or none that writes captions as BLIP-2 does."""
     try:
-        config = transformers.AutoConfig.from_pretrained(model_id)
-    except (OSError, ValueError) as error:
+        config = transformers.AutoConfig.from_pretrained(model_id, trust_remote_code=False)
+    except Exception as error:  # a dozen kinds
         reason = ("this folder holds no model" if os.path.isdir(model_id) else "there is no such "
                   "folder, and no such model on the Hub, or the Hub can't be reached")
         raise UserError(f"can't load MODEL_ID {model_id!r}: {reason}. Check the name and the "
                         "network; a private model needs `hf auth login`.") from error
-    kind = (config.architectures or ["Blip2ForConditionalGeneration"])[0]
-    language = getattr(config, "text_config", config).model_type
-    if kind != "Blip2ForConditionalGeneration" or language not in ("opt", "t5"):
-        raise UserError(f"MODEL_ID {model_id!r} is a {kind} ({language}), not a BLIP-2 with OPT or "
+    kind = (config.architectures or [config.model_type])[0]
+    if kind not in ("Blip2ForConditionalGeneration", "blip-2") or config.model_type != "blip-2":
+        raise UserError(f"MODEL_ID {model_id!r} is a {kind}, not a BLIP-2 that writes captions. "
+                        "Try Salesforce/blip2-opt-2.7b.")
+    if (language := config.text_config.model_type) not in ("opt", "t5"):
+        raise UserError(f"MODEL_ID {model_id!r} has the language model {language!r}, not OPT or "
                         "Flan-T5. Try Salesforce/blip2-opt-2.7b.")
     return config
 
@@ -418,7 +430,7 @@ def choose_device(
     if not count:
         reason = (f"PyTorch finds no NVIDIA GPU, or an old driver for CUDA {torch.version.cuda}"
                   if torch.version.cuda else "this PyTorch was built without CUDA")
-    if device.startswith("cuda") and (torch.device(device).index or 0) >= count:
+    if device.startswith("cuda") and int(device[5:] or 0) >= count:
         raise UserError(f"DEVICE is {device!r}, but there are {count} GPUs"
                         + (", counted from 0." if count else f": {reason}. Or use --device cpu."))
     if device == "cpu" or not count:
@@ -453,16 +465,19 @@ def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool
     try:
         # The Pillow class by name: the automatic one depends on whether torchvision is installed.
         image_processor = transformers.BlipImageProcessorPil.from_pretrained(model_id)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_id)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
         processor = Blip2Processor(image_processor, tokenizer, config.num_query_tokens)
         model, loading = Blip2ForConditionalGeneration.from_pretrained(
             model_id, dtype=kind, quantization_config=nf4 if in_4bit else None,
-            device_map={"": place}, use_safetensors=True, output_loading_info=True)
+            device_map={"": place}, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True)  # they are an error below
+        if not tokenizer.decode(config.text_config.eos_token_id):
+            raise ValueError("its tokenizer is missing")
+        if wrong := sorted(map(str, loading["missing_keys"] | loading["mismatched_keys"])):
+            raise ValueError(f"weights are missing or of another shape: {wrong[0]}")
     except Exception as error:  # missing and damaged files raise a dozen kinds
-        raise UserError(f"can't load MODEL_ID {model_id!r}: {error}") from error
-    if loading["missing_keys"]:
-        raise UserError(f"the weights of MODEL_ID {model_id!r} are incomplete: there is no "
-                        f"{min(loading['missing_keys'])}. Get the model again.")
+        raise UserError(f"can't load MODEL_ID {model_id!r}: {error}. Get the model again, in "
+                        "safetensors, or name another one.") from error
     for module in model.modules():
         # With avx512_bf16, bitsandbytes would repack 4-bit weights in place in the first forward
         # pass without gradients, for inference only: training on them is wrong from then on.
@@ -988,17 +1003,16 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
         if not os.path.exists(path):
             raise UserError(f"there is no picture or folder {path!r}.")
         pictures += list_files(path, skipped) if os.path.isdir(path) else [path]
-    if not (output / "adapter_model.safetensors").is_file():
-        raise UserError(f"OUTPUT_DIR {str(output)!r} holds no adapter. Train one first.")
-    record = json.loads((output / "settings.json").read_text(encoding="utf-8"))
-    trained = argparse.Namespace(**record["settings"])
-    with contextlib.redirect_stdout(sys.stderr):
-        base = load_base(trained.MODEL_ID, trained.PROMPT, device, record["dtype"],
-                         trained.LOAD_IN_4BIT)
     try:
-        model = PeftModel.from_pretrained(base.model, str(output)).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"can't load the adapter in {str(output)!r}: {error}") from error
+        record = json.loads((output / "settings.json").read_text(encoding="utf-8"))
+        trained, dtype = argparse.Namespace(**record["settings"]), record["dtype"]
+        load_file(output / "adapter_model.safetensors")
+    except Exception as error:  # missing and damaged files raise a dozen kinds
+        raise UserError(f"OUTPUT_DIR {str(output)!r} holds no adapter that can be read: {error}. "
+                        "Train one first.") from error
+    with contextlib.redirect_stdout(sys.stderr):
+        base = load_base(trained.MODEL_ID, trained.PROMPT, device, dtype, trained.LOAD_IN_4BIT)
+    model = PeftModel.from_pretrained(base.model, str(output)).eval()
     for rows, pixel_values in read_pictures(pictures, base.processor, workers, "captioning"):
         skipped += [Skipped("picture", path, reason) for path, _, _, reason in rows if reason]
         usable = [path for path, _, _, reason in rows if not reason]
@@ -1041,7 +1055,8 @@ def run(settings: argparse.Namespace) -> int:
     pairs = [pair for pair in pairs if pair.picture not in broken]
     validation = [pair for pair in validation if pair.picture not in broken]
     if not pairs:
-        raise UserError(f"not one picture of {settings.TRAIN_DIR!r} can be read.")
+        raise UserError(f"not one picture of TRAIN_DIR {settings.TRAIN_DIR!r} can be read. Replace "
+                        "them; --check says what is wrong with each.")
 
     captions = [pair.caption for pair in pairs + validation]
     tokenized, cut = tokenize_captions(captions, base, settings.PROMPT, limit)
