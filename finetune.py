@@ -180,6 +180,8 @@ def read_caption(path: str) -> tuple[str, str]:
     UTF-8 with or without BOM, UTF-16 with BOM, else Windows-1252. Raises OSError and
     UnicodeDecodeError.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("it is not a file")  # a pipe would block for ever
     raw = Path(path).read_bytes()
     encoding, remark = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", ""
     try:
@@ -209,10 +211,13 @@ def list_files(folder: str, skipped: list[Skipped]) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in wanted(files))
 
 
-def find_pairs(folder: str) -> tuple[list[Pair], list[Skipped], list[str]]:
+def find_pairs(
+    folder: str, named: int = NAMED
+) -> tuple[list[Pair], list[Skipped], list[str]]:
     """Captions and pictures matched by name (in NFC): pairs, what is not used, and remarks.
 
-    Raises UserError where the folders are not there, or not one pair is.
+    Raises UserError where the folders are not there, or not one pair is; then `named` of the
+    captions and pictures are printed.
     """
     caption_dir, image_dir = os.path.join(folder, "caption"), os.path.join(folder, "Image")
     for path in (folder, caption_dir, image_dir):
@@ -262,20 +267,20 @@ def find_pairs(folder: str) -> tuple[list[Pair], list[Skipped], list[str]]:
         else:
             pairs += [Pair(path, caption) for path in images]
     if not pairs:
-        print_skipped(sorted(skipped))
+        print_skipped(sorted(skipped), named)
         raise UserError(f"no picture in {image_dir} has a caption in {caption_dir}. Name a folder "
                         "of pictures as its caption: Image/rose/ for caption/rose.txt.")
     return sorted(pairs), sorted(skipped), remarks
 
 
-def print_skipped(skipped: list[Skipped]) -> None:
-    """Counts what is not used, and names the first ones."""
+def print_skipped(skipped: list[Skipped], named: int = NAMED) -> None:
+    """Counts what is not used, and names the first `named` ones."""
     for kind, count in Counter(row.kind for row in skipped).items():
         print(f"not used: {count} {kind}{'s' * (count > 1)}")
-    for row in skipped[:NAMED]:
+    for row in skipped[:named]:
         print(f"  {row.path}: {row.reason}")
-    if len(skipped) > NAMED:
-        print(f"  and {len(skipped) - NAMED} more; --check lists all")
+    if len(skipped) > named:
+        print(f"  and {len(skipped) - named} more; --check lists all")
 
 
 # ---- Pictures -----------------------------------------------------------------------------------
@@ -326,11 +331,13 @@ def read_picture(path: str, side: int) -> Image.Image:
 
 
 def picture_state(path: str) -> tuple[int, int]:
-    """Size in bytes and time of the last change in ns: by these a picture is known again."""
-    try:
-        status = os.stat(path)
-    except OSError:  # a link to nothing: read_picture says so
+    """Size in bytes and time of the last change in ns: by these a picture is known again.
+
+    (0, 0) for one that is not there or may not be read: it is tried again when that is mended.
+    """
+    if not os.access(path, os.R_OK):
         return 0, 0
+    status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
 
@@ -441,7 +448,7 @@ def choose_device(
                             "slow on the CPU. Mend that, or say --device cpu if you mean it.")
         device, dtype = "cpu", "float32" if dtype == "auto" else dtype
     else:
-        device = "cuda" if device == "auto" else device
+        device = f"cuda:{device[5:] or torch.cuda.current_device()}"
         major, minor = torch.cuda.get_device_capability(device)
         reason = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
         if dtype == "auto":  # is_bf16_supported() is true by emulation on older GPUs
@@ -476,6 +483,8 @@ def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool
         if wrong := sorted(map(str, loading["missing_keys"] | loading["mismatched_keys"])):
             raise ValueError(f"weights are missing or of another shape: {wrong[0]}")
     except Exception as error:  # missing and damaged files raise a dozen kinds
+        if should_reduce_batch_size(error):
+            raise
         raise UserError(f"can't load MODEL_ID {model_id!r}: {error}. Get the model again, in "
                         "safetensors, or name another one.") from error
     for module in model.modules():
@@ -603,13 +612,8 @@ def open_features(base: Base, folder: str, fallback: str) -> FeatureStore:
 
 
 @torch.no_grad()
-def encode(base: Base, pixel_values: torch.Tensor | None) -> torch.Tensor | None:
-    """The Q-Former's output for (pictures, 3, height, width): (pictures, num_query_tokens, hidden).
-
-    None for None, which is a batch of broken pictures.
-    """
-    if pixel_values is None:
-        return None
+def encode(base: Base, pixel_values: torch.Tensor) -> torch.Tensor:
+    """(pictures, 3, height, width) to the Q-Former's (pictures, num_query_tokens, hidden)."""
     pixel_values = pixel_values.to(base.device, base.dtype, non_blocking=True)
     return base.model.get_image_features(pixel_values).qformer_outputs[0]
 
@@ -620,7 +624,7 @@ def encode_pictures(base: Base, store: FeatureStore, pictures: list[str], worker
     print(f"pictures: {len(new)} to encode, {len(pictures) - len(new)} known from an earlier run")
     if new:
         batches = read_pictures(new, base.processor, workers, "encoding")
-        store.append((rows, encode(base, pixel_values)) for rows, pixel_values in batches)
+        store.append((rows, None if p is None else encode(base, p)) for rows, p in batches)
 
 
 # ---- Dataset ------------------------------------------------------------------------------------
@@ -1003,16 +1007,20 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
         if not os.path.exists(path):
             raise UserError(f"there is no picture or folder {path!r}.")
         pictures += list_files(path, skipped) if os.path.isdir(path) else [path]
+    if not pictures:
+        raise UserError(f"there is no picture in {', '.join(paths)}. Name other folders or files.")
     try:
         record = json.loads((output / "settings.json").read_text(encoding="utf-8"))
         trained, dtype = argparse.Namespace(**record["settings"]), record["dtype"]
-        load_file(output / "adapter_model.safetensors")
+        with contextlib.redirect_stdout(sys.stderr):
+            base = load_base(trained.MODEL_ID, trained.PROMPT, device, dtype, trained.LOAD_IN_4BIT)
+        load_file(output / "adapter_model.safetensors")  # else peft would look for it on the Hub
+        model = PeftModel.from_pretrained(base.model, str(output)).eval()
+    except UserError:
+        raise
     except Exception as error:  # missing and damaged files raise a dozen kinds
         raise UserError(f"OUTPUT_DIR {str(output)!r} holds no adapter that can be read: {error}. "
                         "Train one first.") from error
-    with contextlib.redirect_stdout(sys.stderr):
-        base = load_base(trained.MODEL_ID, trained.PROMPT, device, dtype, trained.LOAD_IN_4BIT)
-    model = PeftModel.from_pretrained(base.model, str(output)).eval()
     for rows, pixel_values in read_pictures(pictures, base.processor, workers, "captioning"):
         skipped += [Skipped("picture", path, reason) for path, _, _, reason in rows if reason]
         usable = [path for path, _, _, reason in rows if not reason]
@@ -1033,10 +1041,11 @@ def run(settings: argparse.Namespace) -> int:
     if settings.caption:
         return caption_pictures(settings.caption, output, settings.DEVICE, settings.NUM_WORKERS)
 
-    pairs, skipped, remarks = find_pairs(settings.TRAIN_DIR)
-    extra = find_pairs(settings.VALIDATION_DIR) if settings.VALIDATION_DIR else ([], [], [])
-    validation, skipped, remarks = extra[0], skipped + extra[1], remarks + extra[2]
-    for remark in remarks[:NAMED]:
+    named = sys.maxsize if settings.check else NAMED
+    pairs, skipped, remarks = find_pairs(settings.TRAIN_DIR, named)
+    more = find_pairs(settings.VALIDATION_DIR, named) if settings.VALIDATION_DIR else ([], [], [])
+    validation, skipped, remarks = more[0], skipped + more[1], remarks + more[2]
+    for remark in remarks[:named]:
         print(remark)
     if settings.check:
         return check_pictures(pairs + validation, skipped, settings.NUM_WORKERS)
@@ -1094,8 +1103,10 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    transformers.utils.logging.set_verbosity_error()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names may be no valid Unicode
+        with contextlib.suppress(AttributeError):  # in a notebook
+            stream.reconfigure(errors="backslashreplace")  # file names may be no valid Unicode
     try:
         return run(settings)
     except UserError as error:
