@@ -104,6 +104,7 @@ INFERENCE_BATCH = 16  # pictures encoded, measured or captioned at a time
 GENERATED = 256  # held-out pictures captioned before and after, at most
 NAMED = 10  # problems named on the screen; skipped.csv has all of them
 CPU_PARAMETERS = 500_000_000  # a larger model runs on the CPU only when told to
+TINY_PARAMETERS = 20_000_000  # below, one CPU thread: several wait for each other, not for work
 FEW_STEPS = 100  # with fewer optimizer steps hardly anything is learned
 IGNORE = -100  # the label of a position that is not learned
 
@@ -487,6 +488,8 @@ def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool
             raise
         raise UserError(f"can't load MODEL_ID {model_id!r}: {error}. Get the model again, in "
                         "safetensors, or name another one.") from error
+    if place.type == "cpu" and model.num_parameters() < TINY_PARAMETERS:
+        torch.set_num_threads(1)
     for module in model.modules():
         # With avx512_bf16, bitsandbytes would repack 4-bit weights in place in the first forward
         # pass without gradients, for inference only: training on them is wrong from then on.
@@ -871,9 +874,10 @@ def train(
         return mean_loss(model, batches_of(held_out, len(held_out), "held-out loss"), base)
 
     before = held_out_loss()
-    print(f"steps: {steps}, {steps_per_epoch} an epoch; held-out loss before: {before:.4f}")
+    print(f"steps: {steps}, {steps_per_epoch} an epoch")
     if steps < FEW_STEPS:
         print(f"  too few to learn much: try EPOCHS = {math.ceil(FEW_STEPS / steps_per_epoch)}")
+    print(f"held-out loss before: {before:.4f}" if held_out.pairs else "nothing is held out")
     best, best_epoch, best_weights = math.inf, 0, []
     epoch_loss, epoch_tokens, pairs, seconds = 0.0, 0, 0, 0.0
     rows = rows_of(0)
@@ -926,8 +930,9 @@ def train(
                 best, best_epoch = after, epoch
                 best_weights = [weight.detach().clone() for weight in weights]
                 save_adapter(model, Path(settings.OUTPUT_DIR))
+            measured = f"held-out {after:.4f}{' (best)' * improved}, " if held_out.pairs else ""
             tqdm.write(f"epoch {epoch}/{settings.EPOCHS}: loss {epoch_loss / epoch_tokens:.4f}, "
-                       f"held-out {after:.4f}{' (best)' * improved}, {pairs / seconds:.1f} pairs/s")
+                       f"{measured}{pairs / seconds:.1f} pairs/s")
             epoch_loss, epoch_tokens = 0.0, 0
     for weight, kept in zip(weights, best_weights, strict=True):
         weight.data.copy_(kept)

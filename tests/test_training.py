@@ -298,7 +298,7 @@ def test_a_checkpoint_of_2023_is_mended(any_base, small_data, command, tmp_path)
     assert f"mended: a checkpoint of 2023 without an image token; <image> is {expected}" in mended
     code, whole, _ = command(MODEL_ID=any_base, OUTPUT_DIR=tmp_path / "b", **flags)
     assert code == 0 and "mended" not in whole
-    losses = [re.findall(r"held-out (?:loss before: )?(\d\S+)", text) for text in (mended, whole)]
+    losses = [re.findall(r"held-out (?:loss before: )?(\d\.\d+)", text) for text in (mended, whole)]
     assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
