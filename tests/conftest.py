@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test w
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import make_tiny_blip2  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import processors  # noqa: E402
@@ -78,10 +79,18 @@ def any_base(request) -> str:
     return request.getfixturevalue(f"{request.param}_base")
 
 
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory) -> Path:
+    """The sample drawn anew: users replace the one in train/."""
+    folder = tmp_path_factory.mktemp("train")
+    make_tiny_blip2.write_sample(folder)
+    return folder
+
+
 @pytest.fixture
-def small_data(tmp_path) -> Path:
+def small_data(tmp_path, sample) -> Path:
     """Three captions of the sample with four pictures each: a TRAIN_DIR of its own."""
-    sample, folder = HERE.parent / "train", tmp_path / "data"
+    folder = tmp_path / "data"
     (folder / "caption").mkdir(parents=True)
     for text in sorted((sample / "caption").glob("*.txt"))[::6]:
         shutil.copy(text, folder / "caption")

@@ -115,10 +115,10 @@ def test_other_models_processors_and_dtypes_have_features_of_their_own(
     assert run(other) == 0 and run(opt_base) == 0
 
 
-def test_a_killed_pass_continues(opt_base, tmp_path):
+def test_a_killed_pass_continues(opt_base, sample, tmp_path):
     """SIGKILL in the middle of the pass; the next one takes up what was encoded, and no more."""
     data = tmp_path / "train"
-    shutil.copytree(REPOSITORY / "train", data, ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(sample, data)
     script = (
         "import sys, time, finetune\n"
         "real = finetune.encode\n"
@@ -193,16 +193,16 @@ def test_reduced_decoding_changes_features_less_than_bfloat16(opt_base, tmp_path
 
 
 @pytest.fixture
-def trained(any_base, command, tmp_path):
+def trained(any_base, sample, command, tmp_path):
     """The adapter after EPOCHS on the sample's first captions, dropout off, float32."""
     data = tmp_path / "train"
     (data / "Image").mkdir(parents=True)
     (data / "caption").mkdir()
     words = "enamel pin: scarlet disc over violet".split()
-    for number, text in enumerate(sorted((REPOSITORY / "train" / "caption").iterdir())[:5]):
+    for number, text in enumerate(sorted((sample / "caption").iterdir())[:5]):
         caption = " ".join(words * (number + 1))  # of unequal length
         (data / "caption" / text.name).write_text(caption)
-        shutil.copytree(REPOSITORY / "train" / "Image" / text.stem, data / "Image" / text.stem)
+        shutil.copytree(sample / "Image" / text.stem, data / "Image" / text.stem)
 
     def run(name: str, **settings) -> torch.Tensor:
         code, output, error = command(
@@ -317,9 +317,9 @@ def test_a_new_picture_does_not_reshuffle_what_is_held_out():
 # ---- Scale --------------------------------------------------------------------------------------
 
 
-def test_a_hundred_thousand_pictures_are_found_in_little_memory(tmp_path):
+def test_a_hundred_thousand_pictures_are_found_in_little_memory(sample, tmp_path):
     (tmp_path / "caption").mkdir()
-    picture = REPOSITORY / "train" / "Image" / "star-red-on-white" / "01.png"
+    picture = next(sample.glob("Image/*/*.png"))
     for folder in range(1000):
         (tmp_path / "caption" / f"{folder:04}.txt").write_text(f"caption number {folder}")
         place = tmp_path / "Image" / f"{folder:04}"

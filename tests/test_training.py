@@ -298,7 +298,7 @@ def test_a_checkpoint_of_2023_is_mended(any_base, small_data, command, tmp_path)
     assert f"mended: a checkpoint of 2023 without an image token; <image> is {expected}" in mended
     code, whole, _ = command(MODEL_ID=any_base, OUTPUT_DIR=tmp_path / "b", **flags)
     assert code == 0 and "mended" not in whole
-    losses = [re.findall(r"held-out (?:loss before: )?(\d\.\d+)", text) for text in (mended, whole)]
+    losses = [re.findall(r"held-out (?:loss before: )?(\d+\.\d+)", t) for t in (mended, whole)]
     assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
@@ -316,9 +316,9 @@ def readme_flags() -> dict[str, str]:
     return {k.replace("-", "_").upper(): v for k, v in re.findall(r"--(\S+) (\S+)", line)}
 
 
-def test_the_readmes_first_command_teaches_the_sample(command, monkeypatch, tmp_path):
+def test_the_readmes_first_command_teaches_the_sample(command, monkeypatch, sample, tmp_path):
     monkeypatch.chdir(REPOSITORY)
-    shutil.copytree("train", tmp_path / "train", ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(sample, tmp_path / "train")
     code, output, error = command(**readme_flags(), TRAIN_DIR=tmp_path / "train")
     assert code == 0, error
     right, count = exact(output)["before"]
@@ -328,11 +328,11 @@ def test_the_readmes_first_command_teaches_the_sample(command, monkeypatch, tmp_
 
 
 def test_pictures_kept_back_are_captioned_by_flag_and_by_the_readmes_snippet(
-    command, monkeypatch, tmp_path, capsys
+    command, monkeypatch, sample, tmp_path, capsys
 ):
     """One picture of each caption never enters the training folder."""
     monkeypatch.chdir(REPOSITORY)
-    shutil.copytree("train", tmp_path / "train", ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(sample, tmp_path / "train")
     (tmp_path / "kept").mkdir()
     expected = {}
     for folder in sorted((tmp_path / "train" / "Image").iterdir()):
