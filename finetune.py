@@ -50,7 +50,8 @@ from tqdm import tqdm
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it talks
+for talkative in ("bitsandbytes", "huggingface_hub"):  # at import; on every try without network
+    logging.getLogger(talkative).setLevel(logging.ERROR)
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 # ==== Settings: edit these, or give them as flags (BATCH_SIZE is --batch-size) ====
@@ -276,8 +277,8 @@ def find_pairs(
 
 def print_skipped(skipped: list[Skipped], named: int = NAMED) -> None:
     """Counts what is not used, and names the first `named` ones."""
-    for kind, count in Counter(row.kind for row in skipped).items():
-        print(f"not used: {count} {kind}{'s' * (count > 1)}")
+    if counts := Counter(row.kind for row in skipped):
+        print("not used:", ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts.items()))
     for row in skipped[:named]:
         print(f"  {row.path}: {row.reason}")
     if len(skipped) > named:
@@ -464,6 +465,7 @@ def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool
 
     A checkpoint of 2023 knows no image token; it is given one.
     """
+    print(f"model: {model_id}")
     config = load_config(model_id)
     place, kind, reason = choose_device(device, dtype, config)
     print(f"device: {place}, {str(kind).removeprefix('torch.')} ({reason})")
@@ -1123,8 +1125,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: out of memory. Set LOAD_IN_4BIT, or free memory. ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped; the adapter of the best epoch so far, if there was one, is saved",
+              file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has had enough: --check | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def report(request):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    for row in config.stash.get(MISTAKES, []):
+    rows = config.stash.get(MISTAKES, [])
+    for row in [("in the usual recipes", "there", "here"), *rows] if rows else []:
         terminalreporter.write_line("| " + " | ".join(row) + " |")
 
 
