@@ -380,3 +380,28 @@ def test_the_adapter_gives_plain_peft_the_same_logits(any_base, small_data, buil
         chosen = -torch.log_softmax(logits, -1)[torch.arange(len(labels)), labels].sum()
         found = finetune.pair_losses(built.model, [row], built.base)[0]
     assert math.isclose(chosen.item(), found.item(), rel_tol=1e-5)
+
+
+def test_an_earlier_run_is_moved_aside_and_one_that_was_stopped_can_caption(
+    opt_base, small_data, command, monkeypatch, tmp_path
+):
+    flags = {"TRAIN_DIR": small_data, "MODEL_ID": opt_base, "EPOCHS": 1}
+    assert command(**flags)[0] == 0
+    first = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    losses, real = [], finetune.mean_loss
+
+    def stopped(*arguments):
+        losses.append(real(*arguments))
+        if len(losses) == 5:  # two of the picture check, one before, one after each epoch
+            raise KeyboardInterrupt
+        return losses[-1]
+
+    monkeypatch.setattr(finetune, "mean_loss", stopped)
+    code, _, error = command(**flags | {"EPOCHS": 3, "LEARNING_RATE": 3e-3})
+    assert code == 130 and "Traceback" not in error
+    (aside,) = tmp_path.glob("out-*")
+    assert (aside / "adapter_model.safetensors").read_bytes() == first
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != first
+    for folder in (aside, tmp_path / "out"):
+        code, output, error = command("--caption", str(small_data / "Image"), OUTPUT_DIR=folder)
+        assert code == 0 and output.count("\t") == 12, error
