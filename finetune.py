@@ -709,23 +709,23 @@ def describe_row(row: dict[str, Any], base: Base) -> str:
 def pair_losses(model: PeftModel, rows: list[dict[str, Any]], base: Base) -> torch.Tensor:
     """Cross-entropy in float32, summed over each row's learned tokens, (rows,)."""
     batch = collate_fn(rows, base.pad)
-    batch = {name: tensor.to(base.device, non_blocking=True) for name, tensor in batch.items()}
-    features, labels = batch.pop("features"), batch.pop("labels")
+    labels = batch.pop("labels")
+    learned = labels != IGNORE  # stays on the CPU: indexing with a mask on the GPU waits for it
     if base.is_t5:
         decoder = model.language_model
         batch["decoder_input_ids"] = decoder.prepare_decoder_input_ids_from_labels(labels)
-    else:  # logits behind the image tokens only, each of which predicts the next position
-        batch["logits_to_keep"] = labels.shape[1] - base.num_query_tokens
-        labels = labels[:, base.num_query_tokens + 1 :]
+    batch = {name: tensor.to(base.device, non_blocking=True) for name, tensor in batch.items()}
+    if not base.is_t5:  # logits only where a learned token is predicted: one position before it
+        batch["logits_to_keep"] = learned.roll(-1, dims=1)
     with base.autocast():
-        image = BaseModelOutputWithVisionQformerOutputs(
-            pooler_output=model.language_projection(features))
-        output = model(pixel_values=None, mm_encoder_outputs={"image": image}, use_cache=False,
-                       **batch)
-    logits = output.logits[:, : labels.shape[1]].float()
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE,
-                             reduction="none")
-    return losses.view_as(labels).sum(dim=1)
+        features = model.language_projection(batch.pop("features"))
+        image = BaseModelOutputWithVisionQformerOutputs(pooler_output=features)
+        logits = model(pixel_values=None, mm_encoder_outputs={"image": image}, use_cache=False,
+                       **batch).logits
+    logits = logits[learned] if base.is_t5 else logits
+    targets = labels[learned].to(base.device, non_blocking=True)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return torch.stack([row.sum() for row in losses.split(learned.sum(dim=1).tolist())])
 
 
 def count_tokens(rows: list[dict[str, Any]]) -> int:
