@@ -25,6 +25,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import stat
 import sys
 import tempfile
@@ -241,7 +242,7 @@ def find_pairs(
         pictures.setdefault(unicodedata.normalize("NFC", name), []).append(path)
 
     lonely = captions.keys() ^ pictures.keys()
-    few = len(lonely) < 500  # comparing all with all takes minutes for thousands
+    few = len(lonely) < 100  # comparing all with all takes minutes for thousands
 
     def missing(what: str, name: str, others: dict[str, list[str]]) -> str:
         near = difflib.get_close_matches(name, [n for n in lonely if n in others], 1) if few else []
@@ -359,6 +360,9 @@ def decode_batch(paths: list[str], processor: Blip2Processor | None) -> Decoded:
                 pixels.append(processor.image_processor(picture, return_tensors="pt").pixel_values)
         except PictureError as error:
             reason = str(error)
+            cause = error.__cause__
+            if isinstance(cause, MemoryError) or getattr(cause, "errno", None):
+                state = 0, 0  # the machine's fault, not the picture's: it is tried again next time
         rows.append((path, *state, reason))
     return rows, torch.cat(pixels) if pixels else None
 
@@ -367,7 +371,10 @@ def read_pictures(
     paths: list[str], processor: Blip2Processor | None, workers: int, title: str
 ) -> Iterator[Decoded]:
     """decode_batch of all paths, in order, done by `workers` processes, with a progress bar."""
-    workers = min(workers, len(os.sched_getaffinity(0)), len(paths) // INFERENCE_BATCH)
+    # Batches wait in shared memory, two for each worker; without room (a container's 64 MB) a
+    # DataLoader hangs. 4 bytes x 3 channels x 384 x 384 pixels, and as much again to spare.
+    room = shutil.disk_usage("/dev/shm").free // (4 * INFERENCE_BATCH * 4 * 3 * 384**2)
+    workers = min(workers, room, len(os.sched_getaffinity(0)), len(paths) // INFERENCE_BATCH)
     decode = functools.partial(decode_batch, processor=processor)
     with tqdm(total=len(paths), desc=title, unit="picture", disable=None) as bar:
         for batch in DataLoader(paths, INFERENCE_BATCH, num_workers=workers, collate_fn=decode):
@@ -620,7 +627,8 @@ def open_features(base: Base, folder: str, fallback: str) -> FeatureStore:
 def encode(base: Base, pixel_values: torch.Tensor) -> torch.Tensor:
     """(pictures, 3, height, width) to the Q-Former's (pictures, num_query_tokens, hidden)."""
     pixel_values = pixel_values.to(base.device, base.dtype, non_blocking=True)
-    return base.model.get_image_features(pixel_values).qformer_outputs[0]
+    features = base.model.get_image_features(pixel_values).qformer_outputs[0]
+    return features.to(base.dtype)  # transformers keeps the Q-Former in float32 beside float16
 
 
 def encode_pictures(base: Base, store: FeatureStore, pictures: list[str], workers: int) -> None:
@@ -733,10 +741,10 @@ def count_tokens(rows: list[dict[str, Any]]) -> int:
     return sum(int((row["labels"] != IGNORE).sum()) for row in rows)
 
 
-def batches_of(dataset: ImageCaptioningDataset, count: int, title: str) -> Iterator[list[dict]]:
-    """The first `count` rows of a data set, INFERENCE_BATCH at a time, with a progress bar."""
-    for start in tqdm(range(0, count, INFERENCE_BATCH), title, disable=None, leave=False):
-        yield [dataset[i] for i in range(start, min(start + INFERENCE_BATCH, count))]
+def batches_of(dataset: ImageCaptioningDataset, title: str) -> Iterator[list[dict]]:
+    """The rows of a data set, INFERENCE_BATCH at a time, with a progress bar."""
+    for start in tqdm(range(0, len(dataset), INFERENCE_BATCH), title, disable=None, leave=False):
+        yield [dataset[i] for i in range(start, min(start + INFERENCE_BATCH, len(dataset)))]
 
 
 @torch.no_grad()
@@ -755,6 +763,8 @@ def check_sight(model: PeftModel, dataset: ImageCaptioningDataset, base: Base) -
     blank = [row | {"features": torch.zeros_like(row["features"])} for row in rows]
     seen, unseen = mean_loss(model, [rows], base), mean_loss(model, [blank], base)
     print(f"picture check: loss {seen:.4f} with the pictures, {unseen:.4f} with blank ones")
+    if not math.isfinite(seen):
+        raise UserError(f"the loss is {seen} before any training. Set DTYPE to float32.")
     if math.isclose(seen, unseen, rel_tol=1e-6):
         raise UserError("the loss is the same with blank pictures: this model ignores them. "
                         "Set MODEL_ID to another one.")
@@ -783,8 +793,8 @@ def generate_captions(
 def caption_dataset(
     model: PeftModel, base: Base, dataset: ImageCaptioningDataset, limit: int
 ) -> list[str]:
-    """Generated captions of the first GENERATED pairs."""
-    batches = batches_of(dataset, min(GENERATED, len(dataset)), "captioning")
+    """A generated caption for each pair."""
+    batches = batches_of(dataset, "captioning")
     features = (torch.stack([row["features"] for row in rows]) for rows in batches)
     return [text for some in features for text in generate_captions(model, base, some, limit)]
 
@@ -794,16 +804,12 @@ def compare_captions(
 ) -> dict[str, str]:
     """Prints `count` pictures with reference, caption before and after. Returns the exact ones."""
     decode = dataset.base.processor.tokenizer.decode
-    references = [decode(dataset.tokenized[pair.caption][:-1]).strip() for pair in dataset.pairs]
-    samples = list(zip(dataset.pairs, references, before, after, strict=False))
-    for pair, *texts in samples[:: math.ceil(len(samples) / count)] if count and samples else []:
-        print(pair.picture)
-        for name, text in zip(("reference", "before", "after"), texts, strict=True):
-            print(f"  {name + ':':<11}{text}")
-    exact = {"before": sum(true == text for _, true, text, _ in samples),
-             "after": sum(true == text for _, true, _, text in samples)}
-    return {f"exact_captions_{name}": f"{number} of {len(samples)}"
-            for name, number in exact.items() if samples}
+    samples = [(pair.picture, decode(dataset.tokenized[pair.caption][:-1]).strip(), *texts)
+               for pair, *texts in zip(dataset.pairs, before, after, strict=True)]
+    for sample in samples[:: math.ceil(len(samples) / count)] if count and samples else []:
+        print("{}\n  reference: {}\n  before:    {}\n  after:     {}".format(*sample))
+    return {f"exact_captions_{name}": f"{sum(s[1] == s[column] for s in samples)} of {len(samples)}"
+            for name, column in (("before", 2), ("after", 3)) if samples}
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -868,12 +874,16 @@ def train(
 
     def rows_of(step: int) -> list[dict[str, Any]]:  # a pure function; longest first
         epoch, place = divmod(step, steps_per_epoch)
-        chosen = epoch_order(len(dataset), settings.SEED, epoch)[place * settings.BATCH_SIZE :]
-        rows = [dataset[i] for i in chosen[: settings.BATCH_SIZE]]
+        chosen = slice(place * settings.BATCH_SIZE, (place + 1) * settings.BATCH_SIZE)
+        rows = [dataset[i] for i in epoch_order(len(dataset), settings.SEED, epoch)[chosen]]
         return sorted(rows, key=lambda row: -len(row["labels"]))
 
     def held_out_loss() -> float:
-        return mean_loss(model, batches_of(held_out, len(held_out), "held-out loss"), base)
+        loss = mean_loss(model, batches_of(held_out, "held-out loss"), base)
+        if held_out.pairs and not math.isfinite(loss):
+            raise UserError(f"the held-out loss is {loss}. Lower LEARNING_RATE, or set DTYPE to "
+                            "float32.")
+        return loss
 
     before = held_out_loss()
     print(f"steps: {steps}, {steps_per_epoch} an epoch")
@@ -906,19 +916,22 @@ def train(
                 if micro_batch == 1:
                     raise UserError("not even one pair fits into memory. Lower MAX_CAPTION_TOKENS "
                                     "or LORA_RANK, or set LOAD_IN_4BIT.") from error
-            micro_batch = math.ceil(micro_batch / 2)  # here no traceback holds activations
+            losses = None  # it and the traceback, which is gone by now, held all activations
+            micro_batch = math.ceil(micro_batch / 2)
             tqdm.write(f"out of memory: {micro_batch} pairs at a time from now on, same result")
             torch.cuda.empty_cache()
         for dropout in dropouts:
             dropout.eval()
-        following = rows_of(step + 1)  # read while the GPU works
-        loss = total.item() / tokens
-        if not math.isfinite(loss):
-            pictures = ", ".join(row["picture"] for row in rows[:NAMED])
-            raise UserError(f"the loss is {loss} at step {step + 1}, with {pictures}. Lower "
-                            "LEARNING_RATE, or set DTYPE to float32.")
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(weights, settings.MAX_GRAD_NORM or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(weights, settings.MAX_GRAD_NORM or math.inf)
+        following = rows_of(step + 1)  # read while the GPU works
+        loss, norm = torch.stack([total / tokens, norm]).tolist()  # the one synchronization
+        # GradScaler leaves out steps whose gradient is not finite, and scales less from then on.
+        if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
+            pictures = ", ".join(row["picture"] for row in rows[:NAMED])
+            raise UserError(f"at step {step + 1} the loss is {loss} and the norm of its gradient "
+                            f"{norm}, with {pictures}. Lower LEARNING_RATE, or set DTYPE to "
+                            "float32.")
         scaler.step(optimizer)
         scaler.update()
         epoch_loss, epoch_tokens = epoch_loss + loss * tokens, epoch_tokens + tokens
@@ -1022,10 +1035,12 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
         with contextlib.redirect_stdout(sys.stderr):
             base = load_base(trained.MODEL_ID, trained.PROMPT, device, dtype, trained.LOAD_IN_4BIT)
         load_file(output / "adapter_model.safetensors")  # else peft would look for it on the Hub
-        model = PeftModel.from_pretrained(base.model, str(output)).eval()
+        model = PeftModel.from_pretrained(base.model, str(output), torch_device=str(base.device))
     except UserError:
         raise
     except Exception as error:  # missing and damaged files raise a dozen kinds
+        if should_reduce_batch_size(error):
+            raise
         raise UserError(f"OUTPUT_DIR {str(output)!r} holds no adapter that can be read: {error}. "
                         "Train one first.") from error
     for rows, pixel_values in read_pictures(pictures, base.processor, workers, "captioning"):
@@ -1035,7 +1050,8 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
             features = encode(base, pixel_values)
             captions = generate_captions(model, base, features, trained.MAX_CAPTION_TOKENS)
             for path, caption in zip(usable, captions, strict=True):
-                print(f"{path}\t{caption}", flush=True)
+                tqdm.write(f"{path}\t{caption}")  # to stdout, past the bar
+            sys.stdout.flush()
     for row in skipped:
         print(f"not captioned: {row.path}: {row.reason}", file=sys.stderr)
     return 1 if skipped else 0
@@ -1070,9 +1086,10 @@ def run(settings: argparse.Namespace) -> int:
     print_skipped(skipped)
     pairs = [pair for pair in pairs if pair.picture not in broken]
     validation = [pair for pair in validation if pair.picture not in broken]
-    if not pairs:
-        raise UserError(f"not one picture of TRAIN_DIR {settings.TRAIN_DIR!r} can be read. Replace "
-                        "them; --check says what is wrong with each.")
+    if not pairs or (settings.VALIDATION_DIR and not validation):
+        folder = settings.VALIDATION_DIR if pairs else settings.TRAIN_DIR
+        raise UserError(f"not one picture in {folder!r} can be read. Replace them; --check says "
+                        "what is wrong with each.")
 
     captions = [pair.caption for pair in pairs + validation]
     tokenized, cut = tokenize_captions(captions, base, settings.PROMPT, limit)
@@ -1090,13 +1107,15 @@ def run(settings: argparse.Namespace) -> int:
     model = add_lora(base.model, settings.LORA_TARGETS, settings.LORA_RANK, settings.LORA_ALPHA,
                      settings.LORA_DROPOUT)
     check_sight(model, dataset, base)
-    before = caption_dataset(model, base, held_out, limit)
+    some = validation[:: math.ceil(len(validation) / GENERATED) or 1]
+    captioned = ImageCaptioningDataset(some, store, tokenized, base)
+    before = caption_dataset(model, base, captioned, limit)
     open_output(output, skipped)
     base.processor.save_pretrained(output)
     save_settings(output, settings, base, {})
     results = train(settings, base, model, dataset, held_out)
-    after = caption_dataset(model, base, held_out, limit)
-    results |= compare_captions(held_out, before, after, settings.SAMPLE_COUNT)
+    after = caption_dataset(model, base, captioned, limit)
+    results |= compare_captions(captioned, before, after, settings.SAMPLE_COUNT)
     save_settings(output, settings, base, results)
     summary = {"training_pairs": len(pairs), "held_out_pairs": len(validation)}
     for name, value in {**summary, "not_used": len(skipped), **results, "adapter": output}.items():
@@ -1122,7 +1141,8 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
-        print(f"error: out of memory. Set LOAD_IN_4BIT, or free memory. ({error})", file=sys.stderr)
+        print("error: out of memory. Set LOAD_IN_4BIT, lower MAX_CAPTION_TOKENS, or free memory. "
+              f"({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the adapter of the best epoch so far, if there was one, is saved",
@@ -1130,6 +1150,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader has had enough: --check | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, a folder that can't be renamed
+        print(f"error: {error}. Mend that and run the same command again.", file=sys.stderr)
         return 1
 
 

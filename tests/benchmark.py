@@ -46,9 +46,9 @@ from PIL import Image  # noqa: E402
 
 import finetune  # noqa: E402
 
-BATCH = list(range(16))  # the pairs of every measured step
+PAIRS = 16  # in TRAIN_DIR, in every step, and in the runs that are really done
+COMPOSED_PAIRS = 1024  # in the runs that are computed
 TEXT_TOKENS = 48  # of the longest caption, its stop token included
-RUN_PAIRS, COMPOSED_PAIRS = 32, 1024  # of runs that are really done, and of computed ones
 CORES = len(os.sched_getaffinity(0))
 WHAT = {"a": "usual recipe", "b": "plain loop", "c": "finetune.py"}
 
@@ -124,12 +124,12 @@ def write_pictures(folder: Path, size: tuple[int, int], count: int) -> list[str]
 
 
 def write_data(folder: Path) -> None:
-    """A TRAIN_DIR of RUN_PAIRS pairs, with captions of 9 to TEXT_TOKENS tokens."""
-    write_pictures(folder / "Image", (640, 480), RUN_PAIRS)
+    """A TRAIN_DIR of PAIRS pairs, with captions of 9 to TEXT_TOKENS tokens."""
+    write_pictures(folder / "Image", (640, 480), PAIRS)
     (folder / "caption").mkdir()
     words, rng = ["red", "circle", "green", "background", "on", "a", "yellow"], random.Random(0)
-    for i in range(RUN_PAIRS):  # one word is one token, and every 16th caption is the longest
-        count = rng.randint(8, TEXT_TOKENS) if i % len(BATCH) else TEXT_TOKENS
+    for i in range(PAIRS):  # a word is a token; the first caption is the longest
+        count = rng.randint(8, TEXT_TOKENS) if i else TEXT_TOKENS
         (folder / "caption" / f"{i:04}.txt").write_text(" ".join(rng.choices(words, k=count)))
 
 
@@ -142,8 +142,13 @@ class Loop(NamedTuple):
     base: finetune.Base
     model: PeftModel
     dataset: finetune.ImageCaptioningDataset  # (a), (b): pixel_values in the place of features
-    weights: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
+
+    def update(self) -> None:
+        """The end of every step."""
+        weights = self.optimizer.param_groups[0]["params"]
+        torch.nn.utils.clip_grad_norm_(weights, finetune.MAX_GRAD_NORM)
+        self.optimizer.step()
 
 
 def live_step(loop: Loop, chosen: Iterable[int]) -> float:
@@ -155,8 +160,7 @@ def live_step(loop: Loop, chosen: Iterable[int]) -> float:
     with loop.base.autocast():
         loss = loop.model(pixel_values=pixel_values, use_cache=False, **batch).loss
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(loop.weights, finetune.MAX_GRAD_NORM)
-    loop.optimizer.step()
+    loop.update()
     return loss.item()
 
 
@@ -168,46 +172,40 @@ def our_step(loop: Loop, chosen: Iterable[int]) -> float:
     losses = finetune.pair_losses(loop.model, rows, loop.base)
     (losses.sum() / tokens).backward()
     loss = losses.detach().sum().item() / tokens
-    torch.nn.utils.clip_grad_norm_(loop.weights, finetune.MAX_GRAD_NORM)
-    loop.optimizer.step()
+    loop.update()
     return loss
 
 
 STEPS = {"a": live_step, "b": live_step, "c": our_step}
 
 
-def make_loop(base: finetune.Base, data: Path, letter: str, dropout: float) -> Loop:
-    """The loop of this letter over the pairs in `data`. (c) puts the vision side away."""
+def load_loop(kind: Kind, model_id: str, data: Path, device: str, dropout: float) -> Loop:
+    """A loop over the pairs in `data`. (c) puts the vision side away, as finetune.run does."""
+    base = finetune.load_base(model_id, "", device, kind.dtype, kind.in_4bit)
     pairs, _, _ = finetune.find_pairs(str(data), 0)
     captions, paths = [pair.caption for pair in pairs], [pair.picture for pair in pairs]
     tokenized, _ = finetune.tokenize_captions(captions, base, "", TEXT_TOKENS - 1)
-    if letter == "c":
+    if kind.letter == "c":
         store = finetune.open_features(base, str(data), "")
         finetune.encode_pictures(base, store, paths, 0)
         for part in (base.model.vision_model, base.model.qformer):
             part.to("meta")
     else:
         store = {path: finetune.decode_batch([path], base.processor)[1][0] for path in paths}
-    if letter == "a":
+    if kind.letter == "a":
         prepare_model_for_kbit_training(base.model)
     torch.manual_seed(finetune.SEED)
     model = finetune.add_lora(base.model, finetune.LORA_TARGETS, finetune.LORA_RANK,
                               finetune.LORA_ALPHA, dropout)
-    model.train(letter == "a")  # checkpointing acts in train mode only
+    model.train(kind.letter == "a")  # checkpointing acts in train mode only
     for name, module in model.named_modules():
         if ".lora_dropout." in name:
             module.train()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=finetune.LEARNING_RATE, fused=letter == "c",
+    optimizer = torch.optim.AdamW(weights, lr=finetune.LEARNING_RATE, fused=kind.letter == "c",
                                   weight_decay=finetune.WEIGHT_DECAY)
     dataset = finetune.ImageCaptioningDataset(pairs, store, tokenized, base)
-    return Loop(base, model, dataset, weights, optimizer)
-
-
-def load_loop(kind: Kind, folder: Path, device: str) -> Loop:
-    """A loop over the model and the data in `folder`."""
-    base = finetune.load_base(str(folder / "model"), "", device, kind.dtype, kind.in_4bit)
-    return make_loop(base, folder / "data", kind.letter, finetune.LORA_DROPOUT)
+    return Loop(base, model, dataset, optimizer)
 
 
 def matrix_products(loop: Loop) -> Callable[[], None]:
@@ -217,7 +215,7 @@ def matrix_products(loop: Loop) -> Callable[[], None]:
     lm_head has only the learned tokens. Left out: LoRA's products, the attention's own, the
     projection, and the gradient of the first layer's input, which is frozen.
     """
-    rows, made, products = [loop.dataset[i] for i in BATCH], {}, []
+    rows, made, products = [loop.dataset[i] for i in range(PAIRS)], {}, []
     positions = len(rows) * max(len(row["input_ids"]) for row in rows)
 
     def matrix(*shape: int) -> torch.Tensor:
@@ -269,10 +267,13 @@ def resident(field: str) -> int:
     return int(text.split(f"{field}:")[1].split()[0]) * 1024
 
 
-def peak_memory(kind: Kind, folder: Path, device: str) -> int:
-    """The most bytes in a step, the model included, on a GPU or in a process with nothing else."""
-    before = resident("VmRSS")
-    loop = load_loop(kind, folder, device)
+def peak_memory(kind: Kind, *where: Any) -> int:
+    """The most bytes in a step of load_loop(kind, *where), its model included.
+
+    On a GPU or in a process with nothing else.
+    """
+    before, loop = resident("VmRSS"), load_loop(kind, *where)
+    device = loop.base.device.type
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what loading and encoding left behind
     if device == "cuda":
@@ -280,7 +281,7 @@ def peak_memory(kind: Kind, folder: Path, device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
     else:  # as ru_maxrss, but from now on
         Path("/proc/self/clear_refs").write_text("5")
-    STEPS[kind.letter](loop, BATCH)
+    STEPS[kind.letter](loop, range(PAIRS))
     return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - before
 
 
@@ -328,12 +329,10 @@ def measure_encoding(base: finetune.Base, pictures: list[str], repeats: int) -> 
 
 
 def run_usual(loop: Loop, epochs: int) -> list[float]:
-    """A run of (a): the seconds until the end of each epoch."""
+    """A run of (a): the seconds until the end of each epoch, which is one step."""
     started, ends = time.perf_counter(), []
     for epoch in range(epochs):
-        order = finetune.epoch_order(RUN_PAIRS, finetune.SEED, epoch)
-        for start in range(0, RUN_PAIRS, len(BATCH)):
-            live_step(loop, order[start : start + len(BATCH)])
+        live_step(loop, finetune.epoch_order(PAIRS, finetune.SEED, epoch))
         ends.append(time.perf_counter() - started)
     return ends
 
@@ -341,7 +340,7 @@ def run_usual(loop: Loop, epochs: int) -> list[float]:
 def run_ours(loop: Loop, seeing: finetune.Base, folder: Path, epochs: int) -> float:
     """A run of (c): the seconds of finetune's encoding pass, by `seeing`, and its train()."""
     settings = finetune.parse_arguments(["--epochs", str(epochs), "--output-dir", str(folder),
-                                         "--batch-size", str(len(BATCH))])
+                                         "--batch-size", str(PAIRS)])
     started, pairs = time.perf_counter(), loop.dataset.pairs
     store = encode_all(seeing, [pair.picture for pair in pairs], folder / "features")
     training, none = (
@@ -367,7 +366,7 @@ def describe(loop: Loop) -> str:
     if loop.base.device.type == "cuda":
         name = torch.cuda.get_device_name(loop.base.device)
     packages = (f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes"))
-    batch = finetune.collate_fn([loop.dataset[i] for i in BATCH], loop.base.pad)
+    batch = finetune.collate_fn([loop.dataset[i] for i in range(PAIRS)], loop.base.pad)
     pairs, positions = batch["input_ids"].shape
     padding, images = 1 - batch["attention_mask"].float().mean(), loop.base.num_query_tokens
     return (f"{name}, {CORES} cores, {torch.get_num_threads()} threads; {', '.join(packages)}\n"
@@ -382,7 +381,7 @@ def print_steps(seconds: dict[Any, float], memory: dict[Kind, int]) -> None:
     for kind, time_ in seconds.items():
         is_loop = isinstance(kind, Kind)
         rows.append([str(kind) if is_loop else f"(d) matrix products, {kind}", f"{time_:.3f}",
-                     f"{len(BATCH) / time_:.1f}", f"{usual / time_:.2f}", f"{plain / time_:.2f}",
+                     f"{PAIRS / time_:.1f}", f"{usual / time_:.2f}", f"{plain / time_:.2f}",
                      f"{seconds[kind.dtype] / time_:.0%}" if is_loop else "",
                      f"{memory[kind] / 1e6:.0f}" if kind in memory else "-"])
     print_table(*rows)
@@ -390,7 +389,7 @@ def print_steps(seconds: dict[Any, float], memory: dict[Kind, int]) -> None:
 
 def print_runs(pairs: int, steps: list[float], rate: float, done: dict[str, list[float]]) -> None:
     """Runs composed of the medians: steps of (a), (b), (c), pictures a second; and those `done`."""
-    epochs, count = (1, 3, 10), math.ceil(pairs / len(BATCH))
+    epochs, count = (1, 3, 10), math.ceil(pairs / PAIRS)
     times = {letter: [n * count * step + (letter == "c") * pairs / rate for n in epochs]
              for letter, step in zip("abc", steps, strict=True)}
     rows = [[f"runs over {pairs} pairs", *(f"{n} epoch{'s' * (n > 1)}" for n in epochs)]]
@@ -430,12 +429,13 @@ def main() -> None:
         folder = Path(name)
         write_data(folder / "data")
         alone(write_model, folder / "model", arguments.real)
+        where = str(folder / "model"), folder / "data", device, finetune.LORA_DROPOUT
         for kind in [] if arguments.no_memory else kinds:
-            memory[kind] = alone(peak_memory, kind, folder, device)
+            memory[kind] = alone(peak_memory, kind, *where)
             say(f"memory: {kind}: {memory[kind] / 1e6:.0f} MB")
             gc.collect()
-        loops = {kind: load_loop(kind, folder, device) for kind in kinds}
-        works = {kind: functools.partial(STEPS[kind.letter], loop, BATCH)
+        loops = {kind: load_loop(kind, *where) for kind in kinds}
+        works = {kind: functools.partial(STEPS[kind.letter], loop, range(PAIRS))
                  for kind, loop in loops.items()}
         works |= {kind.dtype: matrix_products(loop)
                   for kind, loop in loops.items() if not kind.in_4bit}
@@ -458,7 +458,7 @@ def main() -> None:
                     *rows, ["* alone, on one core"])
         medians, rate = [seconds[kind] for kind in kinds[:3]], list(encodings.values())[0][3]
         print_runs(COMPOSED_PAIRS, medians, rate, {})
-        print_runs(RUN_PAIRS, medians, rate, done)
+        print_runs(PAIRS, medians, rate, done)
     say(f"took {(time.perf_counter() - started) / 60:.1f} minutes")
 
 

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from benchmark import STEPS, make_loop
+from benchmark import STEPS, Kind, load_loop
 
 import finetune
 
@@ -14,8 +14,7 @@ def test_losses_are_those_of_a_plain_loop(opt_base, sample, tmp_path):
     shutil.copytree(sample, data)
     losses = {}
     for letter in "bc":
-        base = finetune.load_base(opt_base, "", "cpu", "float32", False)
-        loop = make_loop(base, data, letter, dropout=0.0)
+        loop = load_loop(Kind(letter, False, "float32"), opt_base, data, "cpu", dropout=0.0)
         loop.optimizer.param_groups[0]["lr"] = 3e-3
         batches = [finetune.epoch_order(len(loop.dataset), seed, 0)[:16] for seed in range(20)]
         losses[letter] = [STEPS[letter](loop, batch) for batch in batches]

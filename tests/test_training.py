@@ -405,3 +405,59 @@ def test_an_earlier_run_is_moved_aside_and_one_that_was_stopped_can_caption(
     for folder in (aside, tmp_path / "out"):
         code, output, error = command("--caption", str(small_data / "Image"), OUTPUT_DIR=folder)
         assert code == 0 and output.count("\t") == 12, error
+
+
+def test_float16_trains_on_finite_features_in_their_own_dtype(
+    opt_base, small_data, command, monkeypatch
+):
+    """transformers keeps the Q-Former in float32 there; features are stored as float16."""
+    choice = torch.device("cpu"), torch.float16, "as on an older GPU"
+    monkeypatch.setattr(finetune, "choose_device", lambda *arguments: choice)
+    code, output, error = command(
+        TRAIN_DIR=small_data, MODEL_ID=opt_base, EPOCHS=30, LEARNING_RATE=3e-3, BATCH_SIZE=4
+    )
+    assert code == 0, error
+    right, count = exact(output)["after"]
+    assert right == count == 1
+    assert "nan" not in output.split("reference")[0]
+
+
+def test_what_is_saved_is_the_best_and_not_the_last(opt_base, small_data, build, tmp_path):
+    """Trained on captions that the held-out pairs do not have: they get worse from some epoch on."""
+    built = build(opt_base, small_data)
+    wrong = {caption: built.tokenized[built.pairs[0].caption] for caption in built.tokenized}
+    train = finetune.ImageCaptioningDataset(built.pairs, built.store, wrong, built.base)
+    held_out = finetune.ImageCaptioningDataset(built.pairs, built.store, built.tokenized, built.base)
+    flags = ["--epochs=8", "--learning-rate=3e-3", f"--output-dir={tmp_path / 'out'}"]
+    (tmp_path / "out").mkdir()
+    settings = finetune.parse_arguments(flags)
+    results = finetune.train(settings, built.base, built.model, train, held_out)
+    assert results["best_epoch"] < 8
+    batches = finetune.batches_of(held_out, "")
+    left = finetune.mean_loss(built.model, batches, built.base)
+    assert math.isclose(left, results["held_out_loss_after"], abs_tol=1e-4)
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    live = {n.replace(".default", ""): p for n, p in built.model.named_parameters()}
+    assert all(torch.equal(weight, live[name]) for name, weight in saved.items())
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "held-out loss"])
+def test_a_value_that_is_not_finite_stops_the_run_and_keeps_the_weights(
+    opt_base, small_data, build, monkeypatch, where, tmp_path
+):
+    built = build(opt_base, small_data)
+    before = {n: p.clone() for n, p in built.model.named_parameters() if p.requires_grad}
+    real = finetune.pair_losses
+
+    def losses(model, rows, base):
+        result = real(model, rows, base)
+        if where == "gradient" and torch.is_grad_enabled():
+            result.register_hook(lambda gradient: gradient * math.nan)
+        bad = where == ("loss" if torch.is_grad_enabled() else "held-out loss")
+        return result * math.nan if bad else result
+
+    monkeypatch.setattr(finetune, "pair_losses", losses)
+    settings = finetune.parse_arguments(["--epochs=2", f"--output-dir={tmp_path}"])
+    with pytest.raises(finetune.UserError, match="nan.*Lower LEARNING_RATE"):
+        finetune.train(settings, built.base, built.model, built.dataset, built.dataset)
+    assert all(torch.equal(p, before[n]) for n, p in built.model.named_parameters() if n in before)
