@@ -171,9 +171,8 @@ def our_step(loop: Loop, chosen: Iterable[int]) -> float:
     loop.optimizer.zero_grad()
     losses = finetune.pair_losses(loop.model, rows, loop.base)
     (losses.sum() / tokens).backward()
-    loss = losses.detach().sum().item() / tokens
     loop.update()
-    return loss
+    return losses.detach().sum().item() / tokens
 
 
 STEPS = {"a": live_step, "b": live_step, "c": our_step}
