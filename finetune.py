@@ -49,7 +49,6 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
-from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 
 for talkative in ("bitsandbytes", "huggingface_hub"):  # at import; on every try without network
     logging.getLogger(talkative).setLevel(logging.ERROR)
@@ -714,26 +713,32 @@ def describe_row(row: dict[str, Any], base: Base) -> str:
 # ---- Loss and captions --------------------------------------------------------------------------
 
 
+def embed_rows(model: PeftModel, batch: dict[str, torch.Tensor], base: Base) -> torch.Tensor:
+    """What the language model reads, (rows, tokens, width): projected features, then the text."""
+    image = model.language_projection(batch["features"].to(base.device, non_blocking=True))
+    ids = batch["input_ids"][:, base.num_query_tokens :].to(base.device, non_blocking=True)
+    text = model.get_input_embeddings()(ids)
+    return torch.cat([image.to(text.dtype), text], dim=1)
+
+
 def pair_losses(model: PeftModel, rows: list[dict[str, Any]], base: Base) -> torch.Tensor:
     """Cross-entropy in float32, summed over each row's learned tokens, (rows,)."""
     batch = collate_fn(rows, base.pad)
-    labels = batch.pop("labels")
-    learned = labels != IGNORE  # stays on the CPU: indexing with a mask on the GPU waits for it
-    if base.is_t5:
-        decoder = model.language_model
-        batch["decoder_input_ids"] = decoder.prepare_decoder_input_ids_from_labels(labels)
-    batch = {name: tensor.to(base.device, non_blocking=True) for name, tensor in batch.items()}
-    if not base.is_t5:  # logits only where a learned token is predicted: one position before it
-        batch["logits_to_keep"] = learned.roll(-1, dims=1)
+    learned = batch["labels"] != IGNORE  # on the CPU: a mask on the GPU would be waited for
+    language_model = model.language_model
     with base.autocast():
-        features = model.language_projection(batch.pop("features"))
-        image = BaseModelOutputWithVisionQformerOutputs(pooler_output=features)
-        logits = model(pixel_values=None, mm_encoder_outputs={"image": image}, use_cache=False,
-                       **batch).logits
-    logits = logits[learned] if base.is_t5 else logits
-    targets = labels[learned].to(base.device, non_blocking=True)
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    return torch.stack([row.sum() for row in losses.split(learned.sum(dim=1).tolist())])
+        given = {"inputs_embeds": embed_rows(model, batch, base), "use_cache": False}
+        if base.is_t5:
+            shifted = language_model.prepare_decoder_input_ids_from_labels(batch["labels"])
+            given["decoder_input_ids"] = shifted.to(base.device, non_blocking=True)
+            given["attention_mask"] = batch["attention_mask"].to(base.device, non_blocking=True)
+            logits = language_model(**given).logits[learned]
+        else:  # causal, so that padding on the right needs no mask; a token is predicted before it
+            logits = language_model(**given, logits_to_keep=learned.roll(-1, dims=1)).logits
+    targets = batch["labels"][learned].to(base.device, non_blocking=True)
+    counts = learned.sum(dim=1).tolist()
+    each = zip(logits.split(counts), targets.split(counts), strict=True)
+    return torch.stack([F.cross_entropy(some.float(), ids, reduction="sum") for some, ids in each])
 
 
 def count_tokens(rows: list[dict[str, Any]]) -> int:
@@ -776,10 +781,9 @@ def generate_captions(
 ) -> list[str]:
     """Greedy captions of at most `limit` tokens for (pictures, num_query_tokens, hidden)."""
     with base.autocast():
-        image = model.language_projection(features.to(base.device))
-        text = torch.tensor([base.prefix[base.num_query_tokens :]], device=base.device)
-        text = model.get_input_embeddings()(text).expand(len(image), -1, -1)
-        inputs_embeds = torch.cat([image.to(text.dtype), text], dim=1)
+        prefixes = torch.tensor([base.prefix] * len(features))
+        batch = {"features": features, "input_ids": prefixes}
+        inputs_embeds = embed_rows(model, batch, base)
         output = model.language_model.generate(
             inputs_embeds=inputs_embeds,
             attention_mask=torch.ones_like(inputs_embeds[:, :, 0], dtype=torch.long),
