@@ -6,9 +6,12 @@ What goes in: pictures and their captions.
     train/Image/<name>/...        its pictures, in any depth; each makes one pair with that caption
     train/Image/<name>.<ending>   or one picture beside the folders
 
-What comes out: blip2_lora_finetuned/ with the adapter, the processor, settings.json, skipped.csv.
+What comes out: blip2_lora_finetuned/ with the adapter, the processor, settings.json, metrics.csv,
+skipped.csv.
 
-    python finetune.py                       train with the settings below, which are also flags
+    python finetune.py                       train with the settings below, which are also flags;
+                                             again after any interruption: it continues
+    python finetune.py --restart             move an unfinished run aside, and train from the start
     python finetune.py --check               read settings, captions and pictures; write nothing
     python finetune.py --caption PATH ...    caption pictures or folders with the trained adapter
 """
@@ -16,9 +19,12 @@ What comes out: blip2_lora_finetuned/ with the adapter, the processor, settings.
 import argparse
 import contextlib
 import csv
+import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
+import io
 import json
 import logging
 import math
@@ -26,18 +32,18 @@ import os
 import platform
 import re
 import shutil
+import signal
 import stat
 import sys
-import tempfile
 import time
 import unicodedata
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -52,7 +58,12 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Proces
 
 for talkative in ("bitsandbytes", "huggingface_hub"):  # at import; on every try without network
     logging.getLogger(talkative).setLevel(logging.ERROR)
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft import (  # noqa: E402
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 
 # ==== Settings: edit these, or give them as flags (BATCH_SIZE is --batch-size) ====
 # files
@@ -84,6 +95,7 @@ NUM_WORKERS = 4  # processes that read pictures, at most one for each core; 0: n
 # watching
 VALIDATION_FRACTION = 0.1  # share of the pairs held out to measure on; 0: train on all
 SAMPLE_COUNT = 6  # held-out captions printed, before and after; 0: none
+CHECKPOINT_MINUTES = 10.0  # between checkpoints, beside those at epochs' ends; 0: only those
 # ==== End of settings ====
 
 RANGES = {  # setting: (lowest, highest), whose type is the setting's
@@ -92,6 +104,7 @@ RANGES = {  # setting: (lowest, highest), whose type is the setting's
     "LEARNING_RATE": (1e-9, 1.0), "WARMUP_FRACTION": (0.0, 1.0), "WEIGHT_DECAY": (0.0, 10.0),
     "MAX_GRAD_NORM": (0.0, 1e6), "SEED": (0, 2**31), "NUM_WORKERS": (0, 1024),
     "VALIDATION_FRACTION": (0.0, 0.9), "SAMPLE_COUNT": (0, 256),
+    "CHECKPOINT_MINUTES": (0.0, 1e6),
 }
 LORA_PATTERNS = {
     "attention": r"language_model\..*(self_attn|SelfAttention|EncDecAttention)"
@@ -107,6 +120,9 @@ NAMED = 10  # problems named on the screen; skipped.csv has all of them
 CPU_PARAMETERS = 500_000_000  # a larger model runs on the CPU only when told to
 TINY_PARAMETERS = 20_000_000  # below, one CPU thread: several wait for each other, not for work
 FEW_STEPS = 100  # with fewer optimizer steps hardly anything is learned
+HARMLESS = ("DEVICE", "NUM_WORKERS", "CHECKPOINT_MINUTES", "SAMPLE_COUNT")  # for the result
+METRICS = ("step", "epoch", "learning_rate", "train_loss", "held_out_loss", "grad_norm",
+           "pairs_per_second", "seconds")
 IGNORE = -100  # the label of a position that is not learned
 
 
@@ -122,6 +138,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="read everything; write nothing")
+    parser.add_argument("--restart", action="store_true", help="move an unfinished run aside")
     parser.add_argument("--caption", nargs="+", metavar="PATH", help="pictures or folders")
     block = Path(__file__).read_text(encoding="utf-8").split("# ==== ")[1]
     for name, comment in re.findall(r"^([A-Z][A-Z0-9_]*) *=[^#\n]*(?:# *(.*))?$", block, re.M):
@@ -142,8 +159,9 @@ def check_settings(settings: argparse.Namespace) -> None:
         value = getattr(settings, name)
         if type(value) not in (int, type(low)) or not low <= value <= high:
             needs[name] = f"a {'whole ' * isinstance(low, int)}number from {low} to {high}"
-    for name in vars(settings).keys() - RANGES.keys() - {"check", "caption", "LOAD_IN_4BIT"}:
-        if not isinstance(getattr(settings, name), str):
+    for name, value in vars(settings).items():
+        is_text = name.isupper() and name not in RANGES and name != "LOAD_IN_4BIT"
+        if is_text and not isinstance(value, str):
             needs[name] = "text in quotes"
     if not isinstance(settings.LOAD_IN_4BIT, bool):
         needs["LOAD_IN_4BIT"] = "True or False"
@@ -550,16 +568,17 @@ def add_lora(
 class FeatureStore:
     """The Q-Former's output of every picture, (num_query_tokens, hidden), kept in a folder.
 
-    A process appends to two files of its own: <id>.bin holds features, <id>.jsonl a line for each
-    picture, [path, size, mtime_ns, row or reason]. A line is written after what it names, and a
-    torn last line is not read, so a killed process leaves nothing half. Reading maps the files.
+    A pass appends to two files of its own: <number>-<id>.bin holds features, .jsonl a line for each
+    picture, [path, size, mtime_ns, row or reason]. The lines of a batch are one write, after what
+    they name, and a torn last line is not read, so a killed pass leaves nothing half, and the next
+    one encodes the same batches. Reading maps the files.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.folder, self.shape, self.dtype = folder, shape, dtype
         self.known: dict[str, tuple[int, int, str, int | str]] = {}  # size, mtime_ns, file, entry
         self.mapped: dict[str, torch.Tensor] = {}  # file -> (rows, *shape)
-        for index in sorted(folder.glob("*.jsonl"), key=os.path.getmtime):
+        for index in sorted(folder.glob("*.jsonl")):
             for line in index.read_text().splitlines(keepends=True):
                 if line.endswith("\n"):
                     picture, size, mtime_ns, entry = json.loads(line)
@@ -579,18 +598,21 @@ class FeatureStore:
     def append(self, batches: Iterable[Decoded]) -> None:
         """Keeps the rows, and the features in place of the pixel_values, for good."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file, count = uuid.uuid4().hex, 0
+        number, count = len(list(self.folder.glob("*.jsonl"))), 0  # no clock: it can be set back
+        file = f"{number:06}-{uuid.uuid4().hex}"
         path = self.folder / file
-        with open(f"{path}.bin", "wb") as data, open(f"{path}.jsonl", "w") as index:
+        with open(f"{path}.bin", "wb") as data, open(f"{path}.jsonl", "wb") as index:
             for rows, features in batches:
                 if features is not None:
                     data.write(features.cpu().contiguous().view(torch.uint8).numpy().tobytes())
                     data.flush()
+                lines = []
                 for picture, size, mtime_ns, reason in rows:
                     line = [self.key(picture), size, mtime_ns, reason or count]
                     count += not reason
                     self.known[line[0]] = size, mtime_ns, file, line[3]
-                    index.write(json.dumps(line) + "\n")
+                    lines.append(json.dumps(line) + "\n")
+                index.write("".join(lines).encode())
                 index.flush()
 
     def __getitem__(self, picture: str) -> torch.Tensor:
@@ -816,6 +838,156 @@ def compare_captions(
             for name, column in (("before", 2), ("after", 3)) if samples}
 
 
+# ---- Output folder: whole or absent at every moment ----------------------------------------------
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Whole, old or new, whenever the process is killed: written aside, flushed, renamed."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_output(folder: Path) -> Iterator[None]:
+    """Raises UserError where OUTPUT_DIR can't be written, or another run writes into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {str(folder)!r} can't be written: {error.strerror}. Name "
+                        "another folder.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run writes into OUTPUT_DIR {str(folder)!r} now. Name another "
+                            "folder, or stop that one.") from error
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
+
+
+def read_earlier_run(folder: Path) -> dict[str, Any]:
+    """settings.json of the run in OUTPUT_DIR; {}: there is none. Raises UserError."""
+    names = {path.name for path in folder.iterdir()} - {".lock", "settings.json.part"}
+    if not names:
+        return {}
+    if "settings.json" not in names:
+        raise UserError(f"OUTPUT_DIR {str(folder)!r} holds files that are not from a run of this "
+                        "script, and stay as they are. Name another folder.")
+    try:
+        record = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        return {name: record[name] for name in ("settings", "data", "dtype", "finished")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'settings.json'} is damaged. Name another OUTPUT_DIR, or put "
+                        "that one aside.") from error
+
+
+def fingerprint(pairs: list[Pair], root: str) -> str:
+    """Of the pictures' paths below `root`, their sizes, and the captions."""
+    digest = hashlib.sha256()
+    for path, caption in pairs:
+        line = json.dumps([os.path.relpath(path, root), picture_state(path)[0], caption])
+        digest.update(line.encode())
+    return f"{len(pairs)} pairs, {digest.hexdigest()[:16]}"
+
+
+def list_differences(earlier: dict[str, Any], settings: dict[str, Any], data: str) -> list[str]:
+    """What makes this run another one than the earlier: settings, pictures, captions."""
+    old, new = earlier["settings"] | {"data": earlier["data"]}, settings | {"data": data}
+    return [f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+            for name in sorted(old.keys() | new.keys())
+            if name not in HARMLESS and old.get(name) != new.get(name)]
+
+
+def move_aside(folder: Path) -> None:
+    """Renames OUTPUT_DIR with the run in it, dated. The lock stays in the new OUTPUT_DIR."""
+    aside, number = f"{folder}-{time.strftime('%Y-%m-%d')}", 1
+    while os.path.lexists(name := aside + f"-{number}" * (number > 1)):
+        number += 1
+    folder.rename(name)
+    folder.mkdir()
+    os.rename(f"{name}/.lock", folder / ".lock")
+    print(f"the earlier run is in {name} now")
+
+
+def save_settings(
+    folder: Path, settings: dict[str, Any], data: str, base: Base, results: dict[str, Any]
+) -> None:
+    """settings.json: what --caption needs to load the adapter, and a person to repeat the run.
+
+    The run is finished when it has results.
+    """
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "pillow")
+    record = {
+        "finished": bool(results),
+        "settings": settings,
+        "data": data,
+        "device": str(base.device),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "base_commit": getattr(base.model.config, "_commit_hash", None),
+        "stop_token": base.stop,
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
+        "results": results,
+    }
+    replace_file(folder / "settings.json", (json.dumps(record, indent=2) + "\n").encode())
+
+
+def save_skipped(folder: Path, skipped: list[Skipped]) -> None:
+    """skipped.csv: a row for each caption and picture that is not used."""
+    path = folder / "skipped.csv"
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([Skipped._fields, *skipped])
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """adapter_config.json, then adapter_model.safetensors, each at once."""
+    aside = folder / "adapter.part"
+    model.save_pretrained(aside, save_embedding_layers=False)  # else it would ask the Hub
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        replace_file(folder / name, (aside / name).read_bytes())
+    shutil.rmtree(aside)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """<step>.pt: the SHA-256 of what torch.save writes, 32 bytes, and that. Two are kept."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    folder.mkdir(exist_ok=True)
+    replace_file(folder / f"{step:09}.pt", hashlib.sha256(data).digest() + data)
+    for old in sorted(folder.glob("*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """The newest one that is whole; {}: there is none. Damaged ones are named and removed."""
+    for path in sorted(folder.glob("*.pt"), reverse=True):
+        data = path.read_bytes()
+        if hashlib.sha256(data[32:]).digest() == data[:32]:
+            return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
+        print(f"{path} is damaged, and removed: the one before it is taken")
+        path.unlink()
+    return {}
+
+
+def open_metrics(path: Path, step: int) -> TextIO:
+    """metrics.csv, to append to, cut back to the rows until `step`."""
+    lines = [",".join(METRICS)]
+    if step and path.is_file():  # a row for each step, and one for 0
+        lines += path.read_text().splitlines()[1 : step + 2]
+    replace_file(path, "\n".join([*lines, ""]).encode())
+    return open(path, "a", newline="")
+
+
 # ---- Training -----------------------------------------------------------------------------------
 
 
@@ -856,25 +1028,65 @@ def learning_rate(step: int, steps: int, highest: float, warmup_fraction: float)
     return highest * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
+@contextlib.contextmanager
+def handled_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within, SIGINT (Ctrl-C) and SIGTERM are the handler's."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, earlier in zip(numbers, before, strict=True):
+            signal.signal(number, earlier)
+
+
+def stop_at_once(number: int, _: Any) -> None:
+    """A signal handler: the signal's number goes into the exit code."""
+    raise KeyboardInterrupt(number)
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a training run is, beside its weights and the optimizer's and scaler's state."""
+
+    captions: list[str]  # of the held-out pictures, before
+    micro_batch: int = sys.maxsize  # the most pairs at a time
+    step: int = 0  # the next one
+    before: float = math.nan  # held-out loss
+    best: float = math.inf  # held-out loss
+    best_epoch: int = 0
+    loss: float = 0.0  # of this epoch so far, summed over its learned tokens
+    tokens: int = 0
+    pairs: int = 0  # of all steps
+    seconds: float = 0.0
+
+
 def train(
     settings: argparse.Namespace,
-    base: Base,
     model: PeftModel,
     dataset: ImageCaptioningDataset,
     held_out: ImageCaptioningDataset,
-) -> dict[str, Any]:
-    """The training loop. Saves and leaves in `model` the adapter of the lowest held-out loss.
+    checkpoint: dict[str, Any],
+) -> Progress:
+    """The training loop, from `checkpoint` on: of an earlier run, or with a new "progress" only.
 
-    Returns figures for the summary. Raises UserError on a loss that is not finite, and where not
-    even one pair fits into memory.
+    Saves and leaves in `model` the adapter of the lowest held-out loss. Raises UserError on a loss
+    that is not finite, and where not even one pair fits into memory; KeyboardInterrupt after a
+    signal, when the step is done and saved.
     """
+    base, folder = dataset.base, Path(settings.OUTPUT_DIR)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dropouts = [module for name, module in model.named_modules() if ".lora_dropout." in name]
     optimizer = torch.optim.AdamW(weights, weight_decay=settings.WEIGHT_DECAY, fused=True)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
     steps_per_epoch = math.ceil(len(dataset) / settings.BATCH_SIZE)
     steps = steps_per_epoch * settings.EPOCHS
-    micro_batch = min(settings.BATCH_SIZE, len(dataset))
+    now = Progress(**checkpoint["progress"])
+    if "weights" in checkpoint:
+        for weight, kept in zip(weights, checkpoint["weights"], strict=True):
+            weight.data.copy_(kept)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
 
     def rows_of(step: int) -> list[dict[str, Any]]:  # a pure function; longest first
         epoch, place = divmod(step, steps_per_epoch)
@@ -886,134 +1098,104 @@ def train(
         loss = mean_loss(model, batches_of(held_out, "held-out loss"), base)
         if held_out.pairs and not math.isfinite(loss):
             raise UserError(f"the held-out loss is {loss}. Lower LEARNING_RATE, or set DTYPE to "
-                            "float32.")
+                            "float32, and say --restart.")
         return loss
 
-    before = held_out_loss()
-    print(f"steps: {steps}, {steps_per_epoch} an epoch")
-    if steps < FEW_STEPS:
-        print(f"  too few to learn much: try EPOCHS = {math.ceil(FEW_STEPS / steps_per_epoch)}")
-    print(f"held-out loss before: {before:.4f}" if held_out.pairs else "nothing is held out")
-    best, best_epoch, best_weights = math.inf, 0, []
-    epoch_loss, epoch_tokens, pairs, seconds = 0.0, 0, 0, 0.0
-    rows = rows_of(0)
-    for step in (bar := tqdm(range(steps), desc="training", unit="step", disable=None)):
-        started = time.perf_counter()
-        rate = learning_rate(step, steps, settings.LEARNING_RATE, settings.WARMUP_FRACTION)
-        optimizer.param_groups[0]["lr"] = rate
-        tokens = count_tokens(rows)
-        for dropout in dropouts:  # all else stays in eval mode: frozen layers have dropout too
-            dropout.train()
-        while True:  # until the step fits into memory
-            try:
-                torch.manual_seed(settings.SEED * 1_000_003 + step)  # of the dropout
-                optimizer.zero_grad()
-                total = torch.zeros((), device=base.device)
-                for start in range(0, len(rows), micro_batch):
-                    losses = pair_losses(model, rows[start : start + micro_batch], base)
-                    scaler.scale(losses.sum() / tokens).backward()
-                    total += losses.detach().sum()
-                break
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                if micro_batch == 1:
-                    raise UserError("not even one pair fits into memory. Lower MAX_CAPTION_TOKENS "
-                                    "or LORA_RANK, or set LOAD_IN_4BIT.") from error
-            losses = None  # it and the traceback, which is gone by now, held all activations
-            micro_batch = math.ceil(micro_batch / 2)
-            tqdm.write(f"out of memory: {micro_batch} pairs at a time from now on, same result")
-            torch.cuda.empty_cache()
-        for dropout in dropouts:
-            dropout.eval()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(weights, settings.MAX_GRAD_NORM or math.inf)
-        following = rows_of(step + 1)  # read while the GPU works
-        loss, norm = torch.stack([total / tokens, norm]).tolist()  # the one synchronization
-        # GradScaler leaves out steps whose gradient is not finite, and scales less from then on.
-        if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
-            pictures = ", ".join(row["picture"] for row in rows[:NAMED])
-            raise UserError(f"at step {step + 1} the loss is {loss} and the norm of its gradient "
-                            f"{norm}, with {pictures}. Lower LEARNING_RATE, or set DTYPE to "
-                            "float32.")
-        scaler.step(optimizer)
-        scaler.update()
-        epoch_loss, epoch_tokens = epoch_loss + loss * tokens, epoch_tokens + tokens
-        pairs, seconds = pairs + len(rows), seconds + time.perf_counter() - started
-        rows = following
-        bar.set_postfix_str(f"loss {loss:.3f}, {pairs / seconds:.1f} pairs/s", refresh=False)
-        if (step + 1) % steps_per_epoch == 0:
-            epoch, after = (step + 1) // steps_per_epoch, held_out_loss()
-            improved = after < best or not held_out.pairs  # with none held out, the last is kept
-            if improved:
-                best, best_epoch = after, epoch
-                best_weights = [weight.detach().clone() for weight in weights]
-                save_adapter(model, Path(settings.OUTPUT_DIR))
-            measured = f"held-out {after:.4f}{' (best)' * improved}, " if held_out.pairs else ""
-            tqdm.write(f"epoch {epoch}/{settings.EPOCHS}: loss {epoch_loss / epoch_tokens:.4f}, "
-                       f"{measured}{pairs / seconds:.1f} pairs/s")
-            epoch_loss, epoch_tokens = 0.0, 0
-    for weight, kept in zip(weights, best_weights, strict=True):
-        weight.data.copy_(kept)
-    figures = {"steps": steps, "training_seconds": round(seconds, 1),
-               "pairs_per_second": round(pairs / seconds, 1), "best_epoch": best_epoch}
-    losses = {"held_out_loss_before": round(before, 4), "held_out_loss_after": round(best, 4)}
-    return figures | losses if held_out.pairs else figures
+    signals: list[int] = []
 
+    def note_signal(number: int, frame: Any) -> None:
+        if signals:
+            stop_at_once(number, frame)
+        signals.append(number)
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
 
-# ---- Saving -------------------------------------------------------------------------------------
-
-
-def check_output(folder: Path) -> None:
-    """Raises UserError where OUTPUT_DIR can't be written, or holds files that are not ours."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        strange = any(folder.iterdir()) and not (folder / "settings.json").is_file()
-    except OSError as error:
-        raise UserError(f"OUTPUT_DIR {str(folder)!r} can't be written: {error.strerror}. Name "
-                        "another folder.") from error
-    if strange:
-        raise UserError(f"OUTPUT_DIR {str(folder)!r} holds files that are not from a run of this "
-                        "script, and stay as they are. Name another folder.")
-
-
-def open_output(folder: Path, skipped: list[Skipped]) -> None:
-    """Moves an earlier run in OUTPUT_DIR aside, under a dated name, and writes skipped.csv."""
-    if any(folder.iterdir()):
-        aside, number = f"{folder}-{time.strftime('%Y-%m-%d')}", 1
-        while os.path.lexists(name := aside + f"-{number}" * (number > 1)):
-            number += 1
-        folder.rename(name)
-        folder.mkdir()
-        print(f"the earlier run is in {name} now")
-    path = folder / "skipped.csv"
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([Skipped._fields, *skipped])
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors, written aside, then renamed."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
-        model.save_pretrained(aside, save_embedding_layers=False)  # else it would ask the Hub
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            os.replace(f"{aside}/{name}", folder / name)
-
-
-def save_settings(folder: Path, settings: argparse.Namespace, base: Base, results: dict) -> None:
-    """settings.json: what --caption needs to load the adapter, and a person to repeat the run."""
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "pillow")
-    record = {
-        "settings": {name: value for name, value in vars(settings).items() if name.isupper()},
-        "device": str(base.device),
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "base_commit": getattr(base.model.config, "_commit_hash", None),
-        "stop_token": base.stop,
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
-        "results": results,
-    }
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    (folder / "settings.json").write_text(text + "\n", encoding="utf-8")
+    metrics = open_metrics(folder / "metrics.csv", now.step)
+    with handled_signals(note_signal), metrics:
+        row = csv.writer(metrics).writerow
+        print(f"steps: {steps}, {steps_per_epoch} an epoch")
+        if steps < FEW_STEPS:
+            print(f"  too few to learn much: try EPOCHS = {math.ceil(FEW_STEPS / steps_per_epoch)}")
+        if now.step:
+            print(f"continuing after step {now.step}")
+        else:
+            now.before = held_out_loss()
+            row([0, 0, "", "", now.before, "", "", 0])
+        print(f"held-out loss before: {now.before:.4f}" if held_out.pairs else "nothing held out")
+        pause = 60 * settings.CHECKPOINT_MINUTES or math.inf
+        due = time.monotonic() + pause
+        rows = rows_of(now.step)
+        bar = tqdm(range(now.step, steps), "training", steps, initial=now.step, unit="step",
+                   disable=None)
+        for step in bar:
+            started = time.perf_counter()
+            rate = learning_rate(step, steps, settings.LEARNING_RATE, settings.WARMUP_FRACTION)
+            optimizer.param_groups[0]["lr"] = rate
+            tokens = count_tokens(rows)
+            for dropout in dropouts:  # all else stays in eval mode: frozen layers have dropout too
+                dropout.train()
+            while True:  # until the step fits into memory
+                try:
+                    torch.manual_seed(settings.SEED * 1_000_003 + step)  # of the dropout
+                    optimizer.zero_grad()
+                    total = torch.zeros((), device=base.device)
+                    for start in range(0, len(rows), now.micro_batch):
+                        losses = pair_losses(model, rows[start : start + now.micro_batch], base)
+                        scaler.scale(losses.sum() / tokens).backward()
+                        total += losses.detach().sum()
+                    break
+                except RuntimeError as error:
+                    if not should_reduce_batch_size(error):
+                        raise
+                    if min(now.micro_batch, len(rows)) == 1:
+                        raise UserError("not even one pair fits into memory. Lower "
+                                        "MAX_CAPTION_TOKENS or LORA_RANK, or set LOAD_IN_4BIT.") from error
+                losses = None  # it and the traceback, which is gone by now, held all activations
+                now.micro_batch = math.ceil(min(now.micro_batch, len(rows)) / 2)
+                tqdm.write(f"out of memory: {now.micro_batch} pairs at a time from now on, "
+                           "same result")
+                torch.cuda.empty_cache()
+            for dropout in dropouts:
+                dropout.eval()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(weights, settings.MAX_GRAD_NORM or math.inf)
+            following = rows_of(step + 1)  # read while the GPU works
+            loss, norm = torch.stack([total / tokens, norm]).tolist()  # the one synchronization
+            # GradScaler leaves out steps whose gradient isn't finite, and scales less from then on.
+            if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
+                pictures = ", ".join(row["picture"] for row in rows[:NAMED])
+                raise UserError(f"at step {step + 1} the loss is {loss} and the norm of its "
+                                f"gradient {norm}, with {pictures}. Lower LEARNING_RATE, or set "
+                                "DTYPE to float32, and say --restart.")
+            scaler.step(optimizer)
+            scaler.update()
+            seconds, after = time.perf_counter() - started, ""
+            now.step, now.loss, now.tokens = step + 1, now.loss + loss * tokens, now.tokens + tokens
+            now.pairs, now.seconds = now.pairs + len(rows), now.seconds + seconds
+            bar.set_postfix_str(f"loss {loss:.3f}, {now.pairs / now.seconds:.1f} pairs/s", False)
+            epoch, place = divmod(step, steps_per_epoch)
+            if ended := place == steps_per_epoch - 1:
+                after = held_out_loss()
+                improved = after < now.best or not held_out.pairs  # without any, the last is kept
+                if improved:
+                    now.best, now.best_epoch = after, epoch + 1
+                    save_adapter(model, folder)
+                measured = f"held-out {after:.4f}{' (best)' * improved}, " if held_out.pairs else ""
+                tqdm.write(f"epoch {epoch + 1}/{settings.EPOCHS}: loss {now.loss / now.tokens:.4f},"
+                           f" {measured}{now.pairs / now.seconds:.1f} pairs/s")
+                now.loss, now.tokens = 0.0, 0
+            row([step + 1, epoch + 1, rate, loss, after, norm, len(rows) / seconds, now.seconds])
+            if ended or signals or time.monotonic() > due:
+                metrics.flush()
+                save_checkpoint(folder / "checkpoint", now.step, {
+                    "progress": dataclasses.asdict(now), "weights": [w.detach() for w in weights],
+                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+                due = time.monotonic() + pause
+            if signals:
+                raise KeyboardInterrupt(signals[0])
+            rows = following
+    best = load_file(folder / "adapter_model.safetensors", device=str(base.device))
+    set_peft_model_state_dict(model, best)
+    return now
 
 
 # ---- Commands -----------------------------------------------------------------------------------
@@ -1064,7 +1246,7 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
 def run(settings: argparse.Namespace) -> int:
     """What the settings and flags ask for, from the pairs to the summary. Returns the exit code."""
     check_settings(settings)
-    output, limit = Path(settings.OUTPUT_DIR), settings.MAX_CAPTION_TOKENS
+    output = Path(settings.OUTPUT_DIR)
     if settings.caption:
         return caption_pictures(settings.caption, output, settings.DEVICE, settings.NUM_WORKERS)
 
@@ -1077,8 +1259,35 @@ def run(settings: argparse.Namespace) -> int:
     if settings.check:
         return check_pictures(pairs + validation, skipped, settings.NUM_WORKERS)
 
-    check_output(output)
-    base = load_base(settings.MODEL_ID, settings.PROMPT, settings.DEVICE, settings.DTYPE,
+    with lock_output(output):
+        return fine_tune(settings, pairs, validation, skipped)
+
+
+def fine_tune(
+    settings: argparse.Namespace, pairs: list[Pair], validation: list[Pair], skipped: list[Skipped]
+) -> int:
+    """All of a run that writes, under the lock of OUTPUT_DIR. Returns the exit code."""
+    output, limit = Path(settings.OUTPUT_DIR), settings.MAX_CAPTION_TOKENS
+    chosen = {name: value for name, value in vars(settings).items() if name.isupper()}
+    data = fingerprint(pairs, settings.TRAIN_DIR)
+    if validation:
+        data += f"; {fingerprint(validation, settings.VALIDATION_DIR)}"
+    earlier = read_earlier_run(output)
+    changed = list_differences(earlier, chosen, data) if earlier else []
+    if changed and not earlier["finished"] and not settings.restart:
+        raise UserError("\n  ".join([
+            f"OUTPUT_DIR {str(output)!r} holds an unfinished run, and:", *changed,
+            "Set that back to continue, give --restart to move that run aside, or name another "
+            "OUTPUT_DIR."]))
+    continuing = earlier and not changed and not settings.restart
+    if continuing and earlier["finished"]:
+        shutil.rmtree(output / "checkpoint", ignore_errors=True)  # killed just before this
+        print(f"this run is finished: its adapter is in {output}. To train anew, change a setting "
+              "or give --restart.")
+        return 0
+    dtype = earlier["dtype"] if continuing else settings.DTYPE
+
+    base = load_base(settings.MODEL_ID, settings.PROMPT, settings.DEVICE, dtype,
                      settings.LOAD_IN_4BIT)
     store = open_features(base, settings.TRAIN_DIR, f"{output}.features")
     pictures = [pair.picture for pair in pairs + validation]
@@ -1104,6 +1313,8 @@ def run(settings: argparse.Namespace) -> int:
                                         settings.TRAIN_DIR)
     dataset = ImageCaptioningDataset(pairs, store, tokenized, base)
     held_out = ImageCaptioningDataset(validation, store, tokenized, base)
+    some = validation[:: math.ceil(len(validation) / GENERATED) or 1]
+    captioned = ImageCaptioningDataset(some, store, tokenized, base)
     print(f"pairs: {len(pairs)} to train on, {len(validation)} held out")
     print(f"row: {describe_row(dataset[0], base)}  ([...] is learned)")
 
@@ -1111,18 +1322,27 @@ def run(settings: argparse.Namespace) -> int:
     model = add_lora(base.model, settings.LORA_TARGETS, settings.LORA_RANK, settings.LORA_ALPHA,
                      settings.LORA_DROPOUT)
     check_sight(model, dataset, base)
-    some = validation[:: math.ceil(len(validation) / GENERATED) or 1]
-    captioned = ImageCaptioningDataset(some, store, tokenized, base)
-    before = caption_dataset(model, base, captioned, limit)
-    open_output(output, skipped)
+    checkpoint = load_checkpoint(output / "checkpoint") if continuing else {}
+    if not checkpoint:
+        checkpoint["progress"] = {"captions": caption_dataset(model, base, captioned, limit)}
+    if earlier and not continuing:
+        move_aside(output)
+    save_settings(output, chosen, data, base, {})
+    save_skipped(output, skipped)
     base.processor.save_pretrained(output)
-    save_settings(output, settings, base, {})
-    results = train(settings, base, model, dataset, held_out)
+    done = train(settings, model, dataset, held_out, checkpoint)
     after = caption_dataset(model, base, captioned, limit)
-    results |= compare_captions(captioned, before, after, settings.SAMPLE_COUNT)
-    save_settings(output, settings, base, results)
-    summary = {"training_pairs": len(pairs), "held_out_pairs": len(validation)}
-    for name, value in {**summary, "not_used": len(skipped), **results, "adapter": output}.items():
+    results = {"training_pairs": len(pairs), "held_out_pairs": len(validation),
+               "not_used": len(skipped), "steps": done.step, "best_epoch": done.best_epoch,
+               "training_seconds": round(done.seconds, 1),
+               "pairs_per_second": round(done.pairs / done.seconds, 1)}
+    if held_out.pairs:
+        results["held_out_loss_before"] = round(done.before, 4)
+        results["held_out_loss_after"] = round(done.best, 4)
+    results |= compare_captions(captioned, done.captions, after, settings.SAMPLE_COUNT)
+    save_settings(output, chosen, data, base, results)
+    shutil.rmtree(output / "checkpoint")
+    for name, value in {**results, "adapter": output}.items():
         print(f"{name + ':':<23}{value}")
     return 0
 
@@ -1138,20 +1358,24 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):  # in a notebook
             stream.reconfigure(errors="backslashreplace")  # file names may be no valid Unicode
     try:
-        return run(settings)
+        with handled_signals(stop_at_once):
+            return run(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            print(f"error: {error}. What it read is kept. Lower NUM_WORKERS if memory is short "
+                  "and run the same command again.", file=sys.stderr)
+            return 1
         if not should_reduce_batch_size(error):
             raise
         print("error: out of memory. Set LOAD_IN_4BIT, lower MAX_CAPTION_TOKENS, or free memory. "
               f"({error})", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped; the adapter of the best epoch so far, if there was one, is saved",
-              file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 128 + (stop.args or (signal.SIGINT,))[0]
     except BrokenPipeError:  # the reader has had enough: --check | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

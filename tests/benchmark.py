@@ -345,7 +345,7 @@ def run_ours(loop: Loop, seeing: finetune.Base, folder: Path, epochs: int) -> fl
     training, none = (
         finetune.ImageCaptioningDataset(some, store, loop.dataset.tokenized, loop.base)
         for some in (pairs, []))
-    finetune.train(settings, loop.base, loop.model, training, none)
+    finetune.train(settings, loop.model, training, none, {"progress": {"captions": []}})
     return time.perf_counter() - started
 
 
@@ -441,8 +441,8 @@ def main() -> None:
         seconds = take_turns(works, repeats)
         usual, plain, ours, *_ = loops.values()
         if not arguments.no_runs:
-            for size, batches in (((640, 480), 3 * CORES), ((4000, 3000), CORES)):
-                count = max(2, batches) * finetune.INFERENCE_BATCH
+            for size in ((640, 480), (4000, 3000)):
+                count = 3 * CORES * finetune.INFERENCE_BATCH
                 paths = write_pictures(folder / str(size), size, count)
                 title = f"{count} of {size[0]}x{size[1]}, {os.path.getsize(paths[0]) // 1000} kB"
                 encodings[title] = measure_encoding(plain.base, paths, repeats)

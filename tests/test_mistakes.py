@@ -67,7 +67,7 @@ def test_no_stop_token(opt_base, small_data, build, report, tmp_path):
                 assert ids.pop() == built.base.stop
         settings = finetune.parse_arguments(["--epochs=40", "--learning-rate=3e-3",
                                              f"--output-dir={tmp_path}"])  # fmt: skip
-        finetune.train(settings, built.base, built.model, built.dataset, built.dataset)
+        finetune.train(settings, built.model, built.dataset, built.dataset, built.start)
         captions = finetune.caption_dataset(built.model, built.base, built.dataset, 64)
         expected = [pair.caption for pair in built.pairs]
         right[name] = sum(a == b for a, b in zip(captions, expected, strict=True))

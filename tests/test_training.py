@@ -155,7 +155,7 @@ def test_only_lora_in_the_language_model_trains(any_base, small_data, build, com
         ["--epochs", "2", "--learning-rate", "0.01", "--output-dir", str(small_data)]
     )
     before = {n: p.clone() for n, p in built.model.named_parameters()}
-    finetune.train(settings, built.base, built.model, built.dataset, built.dataset)
+    finetune.train(settings, built.model, built.dataset, built.dataset, built.start)
     changed = {n for n, p in built.model.named_parameters() if not torch.equal(p, before[n])}
     trainable = {n for n, p in built.model.named_parameters() if p.requires_grad}
     assert changed == trainable
@@ -195,7 +195,7 @@ def test_everything_but_lora_dropout_is_in_eval_mode(any_base, small_data, build
 
     monkeypatch.setattr(finetune, "pair_losses", watched)
     settings = finetune.parse_arguments(["--epochs", "1", "--output-dir", str(small_data)])
-    finetune.train(settings, built.base, built.model, built.dataset, built.dataset)
+    finetune.train(settings, built.model, built.dataset, built.dataset, built.start)
     assert modes[0] == modes[-1] == set()  # held-out loss
     assert modes[1] and all(".lora_dropout" in name for name in modes[1])
     picture = built.pairs[0].picture
@@ -431,11 +431,11 @@ def test_what_is_saved_is_the_best_and_not_the_last(opt_base, small_data, build,
     flags = ["--epochs=8", "--learning-rate=3e-3", f"--output-dir={tmp_path / 'out'}"]
     (tmp_path / "out").mkdir()
     settings = finetune.parse_arguments(flags)
-    results = finetune.train(settings, built.base, built.model, train, held_out)
-    assert results["best_epoch"] < 8
+    done = finetune.train(settings, built.model, train, held_out, built.start)
+    assert done.best_epoch < 8
     batches = finetune.batches_of(held_out, "")
     left = finetune.mean_loss(built.model, batches, built.base)
-    assert math.isclose(left, results["held_out_loss_after"], abs_tol=1e-4)
+    assert math.isclose(left, done.best, abs_tol=1e-6)
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     live = {n.replace(".default", ""): p for n, p in built.model.named_parameters()}
     assert all(torch.equal(weight, live[name]) for name, weight in saved.items())
@@ -459,5 +459,5 @@ def test_a_value_that_is_not_finite_stops_the_run_and_keeps_the_weights(
     monkeypatch.setattr(finetune, "pair_losses", losses)
     settings = finetune.parse_arguments(["--epochs=2", f"--output-dir={tmp_path}"])
     with pytest.raises(finetune.UserError, match="nan.*Lower LEARNING_RATE"):
-        finetune.train(settings, built.base, built.model, built.dataset, built.dataset)
+        finetune.train(settings, built.model, built.dataset, built.dataset, built.start)
     assert all(torch.equal(p, before[n]) for n, p in built.model.named_parameters() if n in before)
