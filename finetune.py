@@ -1147,8 +1147,9 @@ def train(
                     if not should_reduce_batch_size(error):
                         raise
                     if min(now.micro_batch, len(rows)) == 1:
-                        raise UserError("not even one pair fits into memory. Lower "
-                                        "MAX_CAPTION_TOKENS or LORA_RANK, or set LOAD_IN_4BIT.") from error
+                        raise UserError(
+                            "not even one pair fits into memory. Lower MAX_CAPTION_TOKENS or "
+                            "LORA_RANK, or set LOAD_IN_4BIT.") from error
                 losses = None  # it and the traceback, which is gone by now, held all activations
                 now.micro_batch = math.ceil(min(now.micro_batch, len(rows)) / 2)
                 tqdm.write(f"out of memory: {now.micro_batch} pairs at a time from now on, "
