@@ -35,12 +35,13 @@ import shutil
 import signal
 import stat
 import sys
+import textwrap
 import time
 import unicodedata
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -49,7 +50,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object, reduce
 from accelerate.utils.memory import should_reduce_batch_size
+from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
@@ -96,6 +101,7 @@ NUM_WORKERS = 4  # processes that read pictures, at most one for each core; 0: n
 VALIDATION_FRACTION = 0.1  # share of the pairs held out to measure on; 0: train on all
 SAMPLE_COUNT = 6  # held-out captions printed, before and after; 0: none
 CHECKPOINT_MINUTES = 10.0  # between checkpoints, beside those at epochs' ends; 0: only those
+LOG_WITH = ""  # a tracker that accelerate knows: tensorboard, wandb, mlflow, ...; "": none
 # ==== End of settings ====
 
 RANGES = {  # setting: (lowest, highest), whose type is the setting's
@@ -116,11 +122,13 @@ PICTURE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]
 DECODING = 1  # raised when read_picture returns something else, so that features are made anew
 INFERENCE_BATCH = 16  # pictures encoded, measured or captioned at a time
 GENERATED = 256  # held-out pictures captioned before and after, at most
+REPORT_SECONDS = 60  # between two drawings of report.png, at least
 NAMED = 10  # problems named on the screen; skipped.csv has all of them
 CPU_PARAMETERS = 500_000_000  # a larger model runs on the CPU only when told to
 TINY_PARAMETERS = 20_000_000  # below, one CPU thread: several wait for each other, not for work
 FEW_STEPS = 100  # with fewer optimizer steps hardly anything is learned
-HARMLESS = ("DEVICE", "NUM_WORKERS", "CHECKPOINT_MINUTES", "SAMPLE_COUNT")  # for the result
+HARMLESS = (  # for the result
+    "DEVICE", "NUM_WORKERS", "CHECKPOINT_MINUTES", "SAMPLE_COUNT", "LOG_WITH")
 METRICS = ("step", "epoch", "learning_rate", "train_loss", "held_out_loss", "grad_norm",
            "pairs_per_second", "seconds")
 IGNORE = -100  # the label of a position that is not learned
@@ -128,6 +136,17 @@ IGNORE = -100  # the label of a position that is not learned
 
 class UserError(Exception):
     """What only the user can mend: a sentence that says what is wrong, where, and what to do."""
+
+
+def spread(items: Sequence, count: int) -> Sequence:
+    """At most `count` of the items, evenly spread."""
+    return items[:: math.ceil(len(items) / count) or 1] if count else []
+
+
+def share(items: Sequence) -> Sequence:
+    """The part of a list that falls to this process."""
+    state = PartialState()
+    return items[state.process_index :: state.num_processes]
 
 
 # ---- Settings -----------------------------------------------------------------------------------
@@ -163,6 +182,9 @@ def check_settings(settings: argparse.Namespace) -> None:
         is_text = name.isupper() and name not in RANGES and name != "LOAD_IN_4BIT"
         if is_text and not isinstance(value, str):
             needs[name] = "text in quotes"
+    trackers = ["", *map(str, get_available_trackers())]
+    if settings.LOG_WITH not in trackers:
+        needs["LOG_WITH"] = f"one of {trackers} (for others, install the package)"
     if not isinstance(settings.LOAD_IN_4BIT, bool):
         needs["LOAD_IN_4BIT"] = "True or False"
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", str(settings.DEVICE)):
@@ -578,7 +600,11 @@ class FeatureStore:
         self.folder, self.shape, self.dtype = folder, shape, dtype
         self.known: dict[str, tuple[int, int, str, int | str]] = {}  # size, mtime_ns, file, entry
         self.mapped: dict[str, torch.Tensor] = {}  # file -> (rows, *shape)
-        for index in sorted(folder.glob("*.jsonl")):
+        self.read()
+
+    def read(self) -> None:
+        """What all processes have written so far."""
+        for index in sorted(self.folder.glob("*.jsonl")):
             for line in index.read_text().splitlines(keepends=True):
                 if line.endswith("\n"):
                     picture, size, mtime_ns, entry = json.loads(line)
@@ -656,9 +682,11 @@ def encode_pictures(base: Base, store: FeatureStore, pictures: list[str], worker
     """Decodes and encodes those pictures that the store does not know in their present state."""
     new = [picture for picture in pictures if store.reason(picture) is None]
     print(f"pictures: {len(new)} to encode, {len(pictures) - len(new)} known from an earlier run")
-    if new:
-        batches = read_pictures(new, base.processor, workers, "encoding")
+    if own := share(new):
+        batches = read_pictures(own, base.processor, workers, "encoding")
         store.append((rows, None if p is None else encode(base, p)) for rows, p in batches)
+    PartialState().wait_for_everyone()
+    store.read()
 
 
 # ---- Dataset ------------------------------------------------------------------------------------
@@ -686,7 +714,7 @@ def tokenize_captions(
 
 
 class ImageCaptioningDataset(Dataset):
-    """A row for each pair: `picture`, `features` (num_query_tokens, hidden), `input_ids`, `labels`.
+    """A row for each pair: `index`, `features` (num_query_tokens, hidden), `input_ids`, `labels`.
 
     OPT:     input_ids are image tokens, BOS, prompt, caption, stop; labels the last two of these
     Flan-T5: input_ids are image tokens, prompt, </s>, for the encoder; labels caption, stop
@@ -698,11 +726,20 @@ class ImageCaptioningDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def some(self, count: int) -> "ImageCaptioningDataset":
+        """At most `count` of the pairs."""
+        pairs = spread(self.pairs, count)
+        return ImageCaptioningDataset(pairs, self.store, self.tokenized, self.base)
+
+    def tokens(self) -> torch.Tensor:
+        """The number of learned tokens of each pair: its caption's, and the stop token."""
+        return torch.tensor([len(self.tokenized[pair.caption]) for pair in self.pairs])
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair, given = self.pairs[index], self.base.prefix
         learned = self.tokenized[pair.caption]
         return {
-            "picture": pair.picture,
+            "index": index,
             "features": self.store[pair.picture],
             "input_ids": torch.tensor(given if self.base.is_t5 else given + learned),
             "labels": torch.tensor((0 if self.base.is_t5 else len(given)) * [IGNORE] + learned),
@@ -769,26 +806,28 @@ def count_tokens(rows: list[dict[str, Any]]) -> int:
 
 
 def batches_of(dataset: ImageCaptioningDataset, title: str) -> Iterator[list[dict]]:
-    """The rows of a data set, INFERENCE_BATCH at a time, with a progress bar."""
-    for start in tqdm(range(0, len(dataset), INFERENCE_BATCH), title, disable=None, leave=False):
-        yield [dataset[i] for i in range(start, min(start + INFERENCE_BATCH, len(dataset)))]
+    """This process's rows of a data set, INFERENCE_BATCH at a time, with a progress bar."""
+    own = share(range(len(dataset)))
+    for start in tqdm(range(0, len(own), INFERENCE_BATCH), title, disable=None, leave=False):
+        yield [dataset[i] for i in own[start : start + INFERENCE_BATCH]]
 
 
 @torch.no_grad()
-def mean_loss(model: PeftModel, batches: Iterable[list[dict]], base: Base) -> float:
-    """Loss per learned token of batches of rows. NaN where there is none."""
-    total = tokens = 0.0
-    for rows in batches:
-        total += pair_losses(model, rows, base).sum().item()
-        tokens += count_tokens(rows)
-    return total / tokens if tokens else math.nan
+def measure_losses(model: PeftModel, dataset: ImageCaptioningDataset) -> torch.Tensor:
+    """The loss of each pair, summed over its learned tokens, (pairs,), on the CPU."""
+    losses = torch.zeros(len(dataset), device=dataset.base.device)
+    for rows in batches_of(dataset, "measuring"):
+        losses[[row["index"] for row in rows]] = pair_losses(model, rows, dataset.base)
+    return reduce(losses, "sum").cpu()
 
 
-def check_sight(model: PeftModel, dataset: ImageCaptioningDataset, base: Base) -> None:
+@torch.no_grad()
+def check_sight(model: PeftModel, dataset: ImageCaptioningDataset) -> None:
     """Raises UserError where the loss is the same without the picture: nothing could be learned."""
     rows = [dataset[i] for i in range(min(4, len(dataset)))]
     blank = [row | {"features": torch.zeros_like(row["features"])} for row in rows]
-    seen, unseen = mean_loss(model, [rows], base), mean_loss(model, [blank], base)
+    seen, unseen = (pair_losses(model, some, dataset.base).sum().item() / count_tokens(rows)
+                    for some in (rows, blank))
     print(f"picture check: loss {seen:.4f} with the pictures, {unseen:.4f} with blank ones")
     if not math.isfinite(seen):
         raise UserError(f"the loss is {seen} before any training. Set DTYPE to float32.")
@@ -816,26 +855,14 @@ def generate_captions(
     return [text.strip() for text in texts]
 
 
-def caption_dataset(
-    model: PeftModel, base: Base, dataset: ImageCaptioningDataset, limit: int
-) -> list[str]:
+def caption_dataset(model: PeftModel, dataset: ImageCaptioningDataset, limit: int) -> list[str]:
     """A generated caption for each pair."""
-    batches = batches_of(dataset, "captioning")
-    features = (torch.stack([row["features"] for row in rows]) for rows in batches)
-    return [text for some in features for text in generate_captions(model, base, some, limit)]
-
-
-def compare_captions(
-    dataset: ImageCaptioningDataset, before: list[str], after: list[str], count: int
-) -> dict[str, str]:
-    """Prints `count` pictures with reference, caption before and after. Returns the exact ones."""
-    decode = dataset.base.processor.tokenizer.decode
-    samples = [(pair.picture, decode(dataset.tokenized[pair.caption][:-1]).strip(), *texts)
-               for pair, *texts in zip(dataset.pairs, before, after, strict=True)]
-    for sample in samples[:: math.ceil(len(samples) / count)] if count and samples else []:
-        print("{}\n  reference: {}\n  before:    {}\n  after:     {}".format(*sample))
-    return {f"exact_captions_{name}": f"{sum(s[1] == s[column] for s in samples)} of {len(samples)}"
-            for name, column in (("before", 2), ("after", 3)) if samples}
+    captions = []
+    for rows in batches_of(dataset, "captioning"):
+        features = torch.stack([row["features"] for row in rows])
+        texts = generate_captions(model, dataset.base, features, limit)
+        captions += [(row["index"], text) for row, text in zip(rows, texts, strict=True)]
+    return [text for _, text in sorted(gather_object(captions))]
 
 
 # ---- Output folder: whole or absent at every moment ----------------------------------------------
@@ -919,25 +946,25 @@ def move_aside(folder: Path) -> None:
     print(f"the earlier run is in {name} now")
 
 
-def save_settings(
-    folder: Path, settings: dict[str, Any], data: str, base: Base, results: dict[str, Any]
-) -> None:
-    """settings.json: what --caption needs to load the adapter, and a person to repeat the run.
-
-    The run is finished when it has results.
-    """
+def describe_run(settings: dict[str, Any], data: str, base: Base) -> dict[str, Any]:
+    """settings.json: what --caption needs to load the adapter, and a person to repeat the run."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "pillow")
-    record = {
-        "finished": bool(results),
+    return {
+        "finished": False,
         "settings": settings,
         "data": data,
         "device": str(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
+        "processes": PartialState().num_processes,
         "base_commit": getattr(base.model.config, "_commit_hash", None),
+        "language_model": base.model.config.text_config.model_type,
         "stop_token": base.stop,
         "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
-        "results": results,
+        "results": {},
     }
+
+
+def save_settings(folder: Path, record: dict[str, Any]) -> None:
     replace_file(folder / "settings.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
@@ -969,13 +996,12 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The newest one that is whole; {}: there is none. Damaged ones are named and removed."""
+    """The newest one that is whole; {}: there is none. Damaged ones are named."""
     for path in sorted(folder.glob("*.pt"), reverse=True):
         data = path.read_bytes()
         if hashlib.sha256(data[32:]).digest() == data[:32]:
             return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
-        print(f"{path} is damaged, and removed: the one before it is taken")
-        path.unlink()
+        print(f"{path} is damaged: the one before it is taken")
     return {}
 
 
@@ -1063,30 +1089,44 @@ class Progress:
 
 def train(
     settings: argparse.Namespace,
+    accelerator: Accelerator,
     model: PeftModel,
     dataset: ImageCaptioningDataset,
     held_out: ImageCaptioningDataset,
-    checkpoint: dict[str, Any],
-) -> Progress:
-    """The training loop, from `checkpoint` on: of an earlier run, or with a new "progress" only.
+) -> tuple[Progress, torch.Tensor]:
+    """The training loop, from the newest checkpoint in OUTPUT_DIR on, if there is one.
 
-    Saves and leaves in `model` the adapter of the lowest held-out loss. Raises UserError on a loss
-    that is not finite, and where not even one pair fits into memory; KeyboardInterrupt after a
-    signal, when the step is done and saved.
+    Saves and leaves in `model` the adapter of the lowest held-out loss. Returns with the progress
+    each training pair's loss, (pairs,), the mean over the epochs. Raises UserError on a loss that
+    is not finite, and where not even one pair fits into memory; KeyboardInterrupt after a signal,
+    when the step is done and saved.
     """
-    base, folder = dataset.base, Path(settings.OUTPUT_DIR)
+    base, folder, is_main = dataset.base, Path(settings.OUTPUT_DIR), accelerator.is_main_process
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dropouts = [module for name, module in model.named_modules() if ".lora_dropout." in name]
     optimizer = torch.optim.AdamW(weights, weight_decay=settings.WEIGHT_DECAY, fused=True)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
-    steps_per_epoch = math.ceil(len(dataset) / settings.BATCH_SIZE)
-    steps = steps_per_epoch * settings.EPOCHS
-    now = Progress(**checkpoint["progress"])
-    if "weights" in checkpoint:
+    # One tensor to add up over the processes: all gradients, then the loss, and how many processes
+    # are out of memory, have had a signal, want a checkpoint, want a new report.
+    sizes = [weight.numel() for weight in weights]
+    flat = torch.zeros(sum(sizes) + 5, device=base.device)
+    gradient, flags = flat[:-5], flat[-5:]
+    for weight, part in zip(weights, gradient.split(sizes), strict=True):
+        weight.grad = part.view_as(weight)
+    pair_sums = torch.zeros(len(dataset), device=base.device)
+    captioned, limit = held_out.some(GENERATED), settings.MAX_CAPTION_TOKENS
+
+    if checkpoint := load_checkpoint(folder / "checkpoint"):
+        now = Progress(**checkpoint["progress"])
         for weight, kept in zip(weights, checkpoint["weights"], strict=True):
             weight.data.copy_(kept)
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
+        pair_sums += is_main * checkpoint["pair_sums"].to(base.device)
+    else:
+        now = Progress(caption_dataset(model, captioned, limit))
+    steps_per_epoch = math.ceil(len(dataset) / settings.BATCH_SIZE)
+    steps = steps_per_epoch * settings.EPOCHS
 
     def rows_of(step: int) -> list[dict[str, Any]]:  # a pure function; longest first
         epoch, place = divmod(step, steps_per_epoch)
@@ -1095,8 +1135,10 @@ def train(
         return sorted(rows, key=lambda row: -len(row["labels"]))
 
     def held_out_loss() -> float:
-        loss = mean_loss(model, batches_of(held_out, "held-out loss"), base)
-        if held_out.pairs and not math.isfinite(loss):
+        if not held_out.pairs:
+            return math.nan
+        loss = (measure_losses(model, held_out).sum() / held_out.tokens().sum()).item()
+        if not math.isfinite(loss):
             raise UserError(f"the held-out loss is {loss}. Lower LEARNING_RATE, or set DTYPE to "
                             "float32, and say --restart.")
         return loss
@@ -1109,9 +1151,13 @@ def train(
         signals.append(number)
         os.write(2, b"\nstopping after this step; once more stops at once\n")
 
-    metrics = open_metrics(folder / "metrics.csv", now.step)
+    metrics = open_metrics(folder / "metrics.csv", now.step) if is_main else io.StringIO()
     with handled_signals(note_signal), metrics:
-        row = csv.writer(metrics).writerow
+        def log(*values: Any) -> None:
+            csv.writer(metrics).writerow(values)
+            row = {name: value for name, value in zip(METRICS, values, strict=True) if value != ""}
+            accelerator.log(row, step=values[0])
+
         print(f"steps: {steps}, {steps_per_epoch} an epoch")
         if steps < FEW_STEPS:
             print(f"  too few to learn much: try EPOCHS = {math.ceil(FEW_STEPS / steps_per_epoch)}")
@@ -1119,10 +1165,10 @@ def train(
             print(f"continuing after step {now.step}")
         else:
             now.before = held_out_loss()
-            row([0, 0, "", "", now.before, "", "", 0])
+            log(0, 0, "", "", now.before, "", "", 0)
         print(f"held-out loss before: {now.before:.4f}" if held_out.pairs else "nothing held out")
-        pause = 60 * settings.CHECKPOINT_MINUTES or math.inf
-        due = time.monotonic() + pause
+        pause, drawn = 60 * settings.CHECKPOINT_MINUTES or math.inf, time.monotonic()
+        due = drawn + pause
         rows = rows_of(now.step)
         bar = tqdm(range(now.step, steps), "training", steps, initial=now.step, unit="step",
                    disable=None)
@@ -1130,73 +1176,304 @@ def train(
             started = time.perf_counter()
             rate = learning_rate(step, steps, settings.LEARNING_RATE, settings.WARMUP_FRACTION)
             optimizer.param_groups[0]["lr"] = rate
-            tokens = count_tokens(rows)
+            tokens, own = count_tokens(rows), share(rows)
             for dropout in dropouts:  # all else stays in eval mode: frozen layers have dropout too
                 dropout.train()
             while True:  # until the step fits into memory
+                clock, losses = time.monotonic(), [pair_sums[:0]]
+                wanted = is_main and clock > due, is_main and clock > drawn + REPORT_SECONDS
+                flat.zero_()
+                flags.copy_(torch.tensor([0, 0, len(signals), *wanted]), non_blocking=True)
                 try:
-                    torch.manual_seed(settings.SEED * 1_000_003 + step)  # of the dropout
-                    optimizer.zero_grad()
-                    total = torch.zeros((), device=base.device)
-                    for start in range(0, len(rows), now.micro_batch):
-                        losses = pair_losses(model, rows[start : start + now.micro_batch], base)
-                        scaler.scale(losses.sum() / tokens).backward()
-                        total += losses.detach().sum()
-                    break
+                    noise = (settings.SEED * 1_000_003 + step) * accelerator.num_processes
+                    torch.manual_seed(noise + accelerator.process_index)
+                    for start in range(0, len(own), now.micro_batch):
+                        some = pair_losses(model, own[start : start + now.micro_batch], base)
+                        scaler.scale(some.sum() / tokens).backward()
+                        losses.append(some.detach())
                 except RuntimeError as error:
                     if not should_reduce_batch_size(error):
                         raise
-                    if min(now.micro_batch, len(rows)) == 1:
-                        raise UserError(
-                            "not even one pair fits into memory. Lower MAX_CAPTION_TOKENS or "
-                            "LORA_RANK, or set LOAD_IN_4BIT.") from error
-                losses = None  # it and the traceback, which is gone by now, held all activations
-                now.micro_batch = math.ceil(min(now.micro_batch, len(rows)) / 2)
+                    flags[1] = 1
+                some = None  # it and the traceback, which is gone by now, held all activations
+                flags[0] = torch.cat(losses).sum()
+                flat.copy_(reduce(flat, "sum"))
+                norm = gradient.norm() / scaler.scale(torch.ones_like(flags[0]))
+                following = rows_of(step + 1)  # read while the GPU works
+                # The one synchronization of a step.
+                total, short, stop, save, draw, norm = torch.cat([flags, norm[None]]).tolist()
+                if not short:
+                    break
+                most = min(now.micro_batch, math.ceil(len(rows) / accelerator.num_processes))
+                if most == 1:
+                    raise UserError("not even one pair fits into memory. Lower MAX_CAPTION_TOKENS "
+                                    "or LORA_RANK, or set LOAD_IN_4BIT.")
+                now.micro_batch = math.ceil(most / 2)
                 tqdm.write(f"out of memory: {now.micro_batch} pairs at a time from now on, "
                            "same result")
                 torch.cuda.empty_cache()
             for dropout in dropouts:
                 dropout.eval()
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(weights, settings.MAX_GRAD_NORM or math.inf)
-            following = rows_of(step + 1)  # read while the GPU works
-            loss, norm = torch.stack([total / tokens, norm]).tolist()  # the one synchronization
+            loss = total / tokens
             # GradScaler leaves out steps whose gradient isn't finite, and scales less from then on.
             if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
-                pictures = ", ".join(row["picture"] for row in rows[:NAMED])
+                pictures = [dataset.pairs[row["index"]].picture for row in rows[:NAMED]]
                 raise UserError(f"at step {step + 1} the loss is {loss} and the norm of its "
-                                f"gradient {norm}, with {pictures}. Lower LEARNING_RATE, or set "
-                                "DTYPE to float32, and say --restart.")
+                                f"gradient {norm}, with {', '.join(pictures)}. Lower LEARNING_RATE,"
+                                " or set DTYPE to float32, and say --restart.")
+            scaler.unscale_(optimizer)
+            if settings.MAX_GRAD_NORM:
+                gradient *= min(1.0, settings.MAX_GRAD_NORM / (norm + 1e-6))
             scaler.step(optimizer)
             scaler.update()
+            indices = torch.tensor([row["index"] for row in own], dtype=torch.long)
+            indices = indices.to(base.device, non_blocking=True)
+            pair_sums.index_add_(0, indices, torch.cat(losses))
             seconds, after = time.perf_counter() - started, ""
-            now.step, now.loss, now.tokens = step + 1, now.loss + loss * tokens, now.tokens + tokens
+            now.step, now.loss, now.tokens = step + 1, now.loss + total, now.tokens + tokens
             now.pairs, now.seconds = now.pairs + len(rows), now.seconds + seconds
             bar.set_postfix_str(f"loss {loss:.3f}, {now.pairs / now.seconds:.1f} pairs/s", False)
             epoch, place = divmod(step, steps_per_epoch)
             if ended := place == steps_per_epoch - 1:
                 after = held_out_loss()
-                improved = after < now.best or not held_out.pairs  # without any, the last is kept
+                improved = not after >= now.best  # with nothing held out, the last is kept
                 if improved:
                     now.best, now.best_epoch = after, epoch + 1
+                if improved and is_main:
                     save_adapter(model, folder)
                 measured = f"held-out {after:.4f}{' (best)' * improved}, " if held_out.pairs else ""
                 tqdm.write(f"epoch {epoch + 1}/{settings.EPOCHS}: loss {now.loss / now.tokens:.4f},"
                            f" {measured}{now.pairs / now.seconds:.1f} pairs/s")
                 now.loss, now.tokens = 0.0, 0
-            row([step + 1, epoch + 1, rate, loss, after, norm, len(rows) / seconds, now.seconds])
-            if ended or signals or time.monotonic() > due:
+            log(step + 1, epoch + 1, rate, loss, after, norm, len(rows) / seconds, now.seconds)
+            if ended or stop or save:
                 metrics.flush()
-                save_checkpoint(folder / "checkpoint", now.step, {
-                    "progress": dataclasses.asdict(now), "weights": [w.detach() for w in weights],
-                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+                sums = reduce(pair_sums, "sum")
+                if is_main:
+                    save_checkpoint(folder / "checkpoint", now.step, {
+                        "progress": dataclasses.asdict(now), "pair_sums": sums,
+                        "weights": [weight.detach() for weight in weights],
+                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
                 due = time.monotonic() + pause
-            if signals:
-                raise KeyboardInterrupt(signals[0])
+            if stop:
+                raise KeyboardInterrupt(*signals[:1])
+            if ended and draw:
+                shown = captioned.some(settings.SAMPLE_COUNT)
+                texts = spread(now.captions, settings.SAMPLE_COUNT), caption_dataset(
+                    model, shown, limit)
+                if is_main:
+                    attempt(draw_report, folder, list_samples(shown, *texts), f"epoch {epoch + 1}")
+                drawn = time.monotonic()
             rows = following
+    accelerator.wait_for_everyone()
     best = load_file(folder / "adapter_model.safetensors", device=str(base.device))
     set_peft_model_state_dict(model, best)
-    return now
+    return now, reduce(pair_sums, "sum").cpu() / settings.EPOCHS
+
+
+# ---- Report -------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """A held-out picture."""
+
+    picture: str
+    reference: str  # its caption
+    before: str
+    after: str
+
+
+def list_samples(
+    dataset: ImageCaptioningDataset, before: list[str], after: list[str]
+) -> list[Sample]:
+    """The pairs of a data set, their captions as the model is taught them, and generated ones."""
+    decode = dataset.base.processor.tokenizer.decode
+    return [Sample(pair.picture, decode(dataset.tokenized[pair.caption][:-1]).strip(), *texts)
+            for pair, *texts in zip(dataset.pairs, before, after, strict=True)]
+
+
+def attempt(make: Callable, *arguments: Any) -> int:
+    """Calls what must never cost the adapter. Returns the exit code; OSError is passed on."""
+    try:
+        make(*arguments)
+    except OSError:  # a full disk: the run is not finished, and continues when there is room
+        raise
+    except Exception as error:
+        what = make.__name__.replace("_", " ")
+        print(f"error: could not {what}: {error!r}. The adapter is saved.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def find_fonts(text: str) -> tuple[list[str], str]:
+    """Installed font families that can show `text` together, and the characters that none can."""
+    from matplotlib import font_manager, ft2font
+
+    families = ["DejaVu Sans"]  # comes with matplotlib
+    missing = {letter for letter in text if unicodedata.category(letter)[0] not in "CZM"}
+    fonts = [font for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name]
+    for entry in sorted(fonts, key=lambda font: font.name != families[0]):
+        with contextlib.suppress(RuntimeError):  # a font of bitmaps
+            font = ft2font.FT2Font(entry.fname)
+            found = {letter for letter in missing if font.get_char_index(ord(letter))}
+            families += [entry.name] * bool(found)
+            missing -= found
+        if not missing:
+            break
+    return families, "".join(sorted(missing))
+
+
+def draw_report(folder: Path, samples: list[Sample], title: str) -> None:
+    """report.png: the losses in metrics.csv; pictures with reference, caption before and after."""
+    from matplotlib.figure import Figure  # takes a second
+
+    samples = samples[:12]
+    families, missing = find_fonts("".join(text for sample in samples for text in sample[1:]))
+    lines = math.ceil(len(samples) / 2)
+    figure = Figure(figsize=(13, 4 + 1.8 * lines), layout="constrained")
+    grid = figure.add_gridspec(1 + lines, 4, height_ratios=[4, *[1.8] * lines],
+                               width_ratios=[1.8, 4.7, 1.8, 4.7])
+    losses = figure.add_subplot(grid[0, :])
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, style in (("train_loss", {"lw": 1, "color": "tab:blue", "label": "training"}),
+                        ("held_out_loss", {"marker": "o", "color": "tab:orange",
+                                           "label": "held out"})):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        losses.plot(*zip(*points, strict=True), **style)
+    losses.set(xlabel="step", ylabel="loss per token", ylim=(0, None))
+    losses.set_title(title, parse_math=False)
+    losses.legend(frameon=False)
+    losses.spines[["top", "right"]].set_visible(False)
+    for number, sample in enumerate(samples):
+        line, column = 1 + number // 2, number % 2 * 2
+        picture, words = (figure.add_subplot(grid[line, column + i]) for i in (0, 1))
+        picture.axis("off")
+        words.axis("off")
+        with contextlib.suppress(PictureError):  # it is gone by now
+            picture.imshow(read_picture(sample.picture, 224))
+        exact, height = sample.after == sample.reference, 1.0
+        for text, color in ((f"caption: {sample.reference}", "black"),
+                            (f"before: {sample.before}", "gray"),
+                            (f"{'✓' if exact else '✗'} after: {sample.after}",
+                             "tab:green" if exact else "tab:red")):
+            wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+            wrapped = textwrap.wrap(text, 28 if wide else 56, max_lines=3, placeholder=" ...")
+            words.text(0, height, "\n".join(wrapped), color=color, family=families, va="top",
+                       parse_math=False, transform=words.transAxes, in_layout=False)
+            height -= 0.1 * len(wrapped) + 0.03
+    if missing:
+        figure.supxlabel(f"No installed font has {len(missing)} of the characters: they are boxes.")
+    image = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a line for every box
+        figure.savefig(image, format="png")
+    replace_file(folder / "report.png", image.getvalue())
+
+
+def save_pairs(
+    folder: Path, parts: dict[str, tuple[ImageCaptioningDataset, torch.Tensor]]
+) -> list[list]:
+    """pairs.csv: split, loss per token, tokens, picture, caption; the highest loss first.
+
+    `parts` are data sets and the summed loss of each of their pairs, by the name of the split.
+    """
+    rows = []
+    for split, (dataset, losses) in parts.items():
+        tokens = dataset.tokens()
+        figures = zip(dataset.pairs, (losses / tokens).tolist(), tokens.tolist(), strict=True)
+        rows += [[split, round(loss, 4), count, *pair] for pair, loss, count in figures]
+    rows.sort(key=lambda row: -row[1])
+    text = io.StringIO()
+    csv.writer(text).writerows([["split", "loss", "tokens", "picture", "caption"], *rows])
+    replace_file(folder / "pairs.csv", text.getvalue().encode(errors="surrogateescape"))
+    return rows
+
+
+def log_report(folder: Path, accelerator: Accelerator, step: int) -> None:
+    """Hands report.png to the trackers that take pictures."""
+    with Image.open(folder / "report.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))[None]
+    for tracker in accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        if hasattr(tracker, "log_images"):
+            tracker.log_images({"report": pixels}, step=step, **layout)
+
+
+CARD = """---
+{metadata}
+---
+
+# BLIP-2 captions: {name}
+
+A LoRA adapter for `{base}`, whose language model was loaded in {loaded}.
+
+| | |
+|---|---|
+{figures}
+
+| caption | before | after |
+|---|---|---|
+{samples}
+
+![Losses, and held-out pictures](report.png)
+
+## Load it
+
+```python
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import BitsAndBytesConfig, Blip2ForConditionalGeneration, Blip2Processor
+
+folder = {folder!r}  # where this is, or its name on the Hub
+dtype = torch.{dtype}
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules={unquantized})
+processor = Blip2Processor.from_pretrained(folder)
+base = Blip2ForConditionalGeneration.from_pretrained(
+    {base!r}, dtype=dtype, quantization_config={quantization}, device_map="auto")
+model = PeftModel.from_pretrained(base, folder).eval()
+
+picture = Image.open("picture.jpg").convert("RGB")
+inputs = processor(images=picture, text={prompt!r}, return_tensors="pt").to(base.device, dtype)
+ids = model.generate(**inputs, max_new_tokens={tokens}){cut}
+print(processor.decode(ids[0], skip_special_tokens=True).strip())
+```
+
+## Settings and versions
+
+```json
+{settings}
+```
+
+The licence of the base model holds for what is made from it.{licence}
+"""
+
+
+def save_card(folder: Path, samples: list[Sample], record: dict[str, Any]) -> None:
+    """README.md: a model card for the Hub, with what is in settings.json, and a few samples."""
+    settings, is_t5 = record["settings"], record["language_model"] == "t5"
+    base, dtype, in_4bit = settings["MODEL_ID"], record["dtype"], settings["LOAD_IN_4BIT"]
+    metadata = ModelCardData(
+        base_model=None if os.path.isdir(base) else base, library_name="peft",
+        pipeline_tag="image-to-text", tags=["blip-2", "lora", "image-captioning"],
+        license="apache-2.0" if is_t5 else "other", license_name=None if is_t5 else "opt",
+        metrics=["loss", "exact_match"])
+    rows = [[name.replace("_", " "), str(value)] for name, value in record["results"].items()]
+    figures, shown = ("\n".join("| " + " | ".join(text.replace("|", "/") for text in row) + " |"
+                                for row in some)
+                      for some in (rows, [sample[1:] for sample in spread(samples, 6)]))
+    card = CARD.format(
+        metadata=metadata.to_yaml(), name=folder.resolve().name, base=base, figures=figures,
+        loaded="4 bits" if in_4bit else dtype, samples=shown, folder=str(folder), dtype=dtype,
+        unquantized=UNQUANTIZED, quantization="nf4" if in_4bit else None,
+        prompt=settings["PROMPT"], tokens=settings["MAX_CAPTION_TOKENS"] + 1,
+        cut="" if is_t5 else '[:, inputs["input_ids"].shape[1] :]',
+        licence="" if is_t5 else " OPT's weights are for research only.",
+        settings=json.dumps({name: record[name] for name in ("settings", "versions")}, indent=2))
+    replace_file(folder / "README.md", str(ModelCard(card)).encode(errors="surrogateescape"))
 
 
 # ---- Commands -----------------------------------------------------------------------------------
@@ -1260,12 +1537,21 @@ def run(settings: argparse.Namespace) -> int:
     if settings.check:
         return check_pictures(pairs + validation, skipped, settings.NUM_WORKERS)
 
-    with lock_output(output):
-        return fine_tune(settings, pairs, validation, skipped)
+    accelerator = Accelerator(cpu=settings.DEVICE == "cpu", log_with=settings.LOG_WITH or None,
+                              project_dir=settings.OUTPUT_DIR)
+    try:
+        with lock_output(output) if accelerator.is_main_process else contextlib.nullcontext():
+            return fine_tune(settings, accelerator, pairs, validation, skipped)
+    finally:
+        accelerator.end_training()
 
 
 def fine_tune(
-    settings: argparse.Namespace, pairs: list[Pair], validation: list[Pair], skipped: list[Skipped]
+    settings: argparse.Namespace,
+    accelerator: Accelerator,
+    pairs: list[Pair],
+    validation: list[Pair],
+    skipped: list[Skipped],
 ) -> int:
     """All of a run that writes, under the lock of OUTPUT_DIR. Returns the exit code."""
     output, limit = Path(settings.OUTPUT_DIR), settings.MAX_CAPTION_TOKENS
@@ -1273,7 +1559,12 @@ def fine_tune(
     data = fingerprint(pairs, settings.TRAIN_DIR)
     if validation:
         data += f"; {fingerprint(validation, settings.VALIDATION_DIR)}"
+    accelerator.wait_for_everyone()  # for the lock
     earlier = read_earlier_run(output)
+    seen = gather_object([(data, earlier, (output / ".lock").exists())])
+    if seen != seen[:1] * len(seen):
+        raise UserError("the processes don't see the same files. Put TRAIN_DIR and OUTPUT_DIR on a "
+                        "file system that all machines share.")
     changed = list_differences(earlier, chosen, data) if earlier else []
     if changed and not earlier["finished"] and not settings.restart:
         raise UserError("\n  ".join([
@@ -1286,8 +1577,10 @@ def fine_tune(
         print(f"this run is finished: its adapter is in {output}. To train anew, change a setting "
               "or give --restart.")
         return 0
-    dtype = earlier["dtype"] if continuing else settings.DTYPE
+    if accelerator.num_processes > 1:
+        print(f"processes: {accelerator.num_processes}, {settings.BATCH_SIZE} pairs a step in all")
 
+    dtype = earlier["dtype"] if continuing else settings.DTYPE
     base = load_base(settings.MODEL_ID, settings.PROMPT, settings.DEVICE, dtype,
                      settings.LOAD_IN_4BIT)
     store = open_features(base, settings.TRAIN_DIR, f"{output}.features")
@@ -1314,43 +1607,65 @@ def fine_tune(
                                         settings.TRAIN_DIR)
     dataset = ImageCaptioningDataset(pairs, store, tokenized, base)
     held_out = ImageCaptioningDataset(validation, store, tokenized, base)
-    some = validation[:: math.ceil(len(validation) / GENERATED) or 1]
-    captioned = ImageCaptioningDataset(some, store, tokenized, base)
     print(f"pairs: {len(pairs)} to train on, {len(validation)} held out")
     print(f"row: {describe_row(dataset[0], base)}  ([...] is learned)")
-
     torch.manual_seed(settings.SEED)  # of the adapter's first weights
     model = add_lora(base.model, settings.LORA_TARGETS, settings.LORA_RANK, settings.LORA_ALPHA,
                      settings.LORA_DROPOUT)
-    check_sight(model, dataset, base)
-    checkpoint = load_checkpoint(output / "checkpoint") if continuing else {}
-    if not checkpoint:
-        checkpoint["progress"] = {"captions": caption_dataset(model, base, captioned, limit)}
-    if earlier and not continuing:
-        move_aside(output)
-    save_settings(output, chosen, data, base, {})
-    save_skipped(output, skipped)
-    base.processor.save_pretrained(output)
-    done = train(settings, model, dataset, held_out, checkpoint)
-    after = caption_dataset(model, base, captioned, limit)
+    check_sight(model, dataset)
+
+    record = describe_run(chosen, data, base)
+    if accelerator.is_main_process:
+        if earlier and not continuing:
+            move_aside(output)
+        save_settings(output, record)
+        save_skipped(output, skipped)
+        base.processor.save_pretrained(output)
+    accelerator.init_trackers("blip2", config=chosen)
+    accelerator.wait_for_everyone()
+    done, train_losses = train(settings, accelerator, model, dataset, held_out)
+    captioned = held_out.some(GENERATED)
+    samples = list_samples(captioned, done.captions, caption_dataset(model, captioned, limit))
+    parts = {"train": (dataset, train_losses),
+             "held out": (held_out, measure_losses(model, held_out))}
+    if not accelerator.is_main_process:
+        return 0
     results = {"training_pairs": len(pairs), "held_out_pairs": len(validation),
                "not_used": len(skipped), "steps": done.step, "best_epoch": done.best_epoch,
                "training_seconds": round(done.seconds, 1),
                "pairs_per_second": round(done.pairs / done.seconds, 1)}
-    if held_out.pairs:
-        results["held_out_loss_before"] = round(done.before, 4)
-        results["held_out_loss_after"] = round(done.best, 4)
-    results |= compare_captions(captioned, done.captions, after, settings.SAMPLE_COUNT)
-    save_settings(output, chosen, data, base, results)
+    if validation:
+        results |= {"held_out_loss_before": round(done.before, 4),
+                    "held_out_loss_after": round(done.best, 4)}
+        for name, column in (("before", 2), ("after", 3)):
+            exact = sum(sample[1] == sample[column] for sample in samples)
+            results[f"exact_captions_{name}"] = f"{exact} of {len(samples)}"
+    record |= {"finished": True, "results": results}
+    worst = save_pairs(output, parts)[:3]
+    loss = f"{done.before:.3f} before, {done.best:.3f} after" if validation else "not measured"
+    shown = spread(samples, settings.SAMPLE_COUNT)
+    code = attempt(draw_report, output, shown, f"{settings.MODEL_ID}: held-out loss {loss}")
+    code |= attempt(log_report, output, accelerator, done.step)
+    code |= attempt(save_card, output, samples, record)
+    save_settings(output, record)
     shutil.rmtree(output / "checkpoint")
+    for sample in shown:
+        print("{}\n  reference: {}\n  before:    {}\n  after:     {}".format(*sample))
+    print("highest losses, perhaps wrong captions (pairs.csv has all):")
+    for _, loss, _, picture, caption in worst:
+        print(f"  {loss:.3f} {picture}: {textwrap.shorten(caption, 60)}")
     for name, value in {**results, "adapter": output}.items():
         print(f"{name + ':':<23}{value}")
-    return 0
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     settings = parse_arguments(argv)
+    errors, who = sys.stderr, ""
+    if process := int(os.environ.get("RANK", 0)):  # one of several: the first speaks for all
+        who = f"process {process}: "
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
@@ -1362,27 +1677,26 @@ def main(argv: list[str] | None = None) -> int:
         with handled_signals(stop_at_once):
             return run(settings)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        problem = str(error)
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
-            print(f"error: {error}. What it read is kept. Lower NUM_WORKERS if memory is short "
-                  "and run the same command again.", file=sys.stderr)
-            return 1
-        if not should_reduce_batch_size(error):
+            problem = (f"{error}. What it read is kept. Lower NUM_WORKERS if memory is short, and "
+                       "run the same command again.")
+        elif should_reduce_batch_size(error):
+            problem = ("out of memory. Set LOAD_IN_4BIT, lower MAX_CAPTION_TOKENS, or free memory. "
+                       f"({error})")
+        else:
             raise
-        print("error: out of memory. Set LOAD_IN_4BIT, lower MAX_CAPTION_TOKENS, or free memory. "
-              f"({error})", file=sys.stderr)
-        return 1
     except KeyboardInterrupt as stop:
-        print("stopped; the same command continues", file=sys.stderr)
+        print(f"{who}stopped; the same command continues", file=errors)
         return 128 + (stop.args or (signal.SIGINT,))[0]
     except BrokenPipeError:  # the reader has had enough: --check | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a full disk, a folder that can't be renamed
-        print(f"error: {error}. Mend that and run the same command again.", file=sys.stderr)
-        return 1
+        problem = f"{error}. Mend that and run the same command again."
+    print(f"{who}error: {problem}", file=errors)
+    return 1
 
 
 if __name__ == "__main__":

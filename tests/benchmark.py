@@ -41,6 +41,7 @@ sys.path.insert(0, str(HERE.parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from peft import PeftModel, prepare_model_for_kbit_training  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -345,7 +346,8 @@ def run_ours(loop: Loop, seeing: finetune.Base, folder: Path, epochs: int) -> fl
     training, none = (
         finetune.ImageCaptioningDataset(some, store, loop.dataset.tokenized, loop.base)
         for some in (pairs, []))
-    finetune.train(settings, loop.model, training, none, {"progress": {"captions": []}})
+    finetune.train(settings, Accelerator(cpu=loop.base.device.type == "cpu"), loop.model, training,
+                   none)
     return time.perf_counter() - started
 
 

@@ -139,7 +139,6 @@ def build(tmp_path):
             if "lora_B" in name:  # zero as it comes, which would hide errors in lora_A's gradient
                 torch.nn.init.normal_(parameter, std=0.05)
         return SimpleNamespace(pairs=pairs, base=base, store=store, tokenized=tokenized,
-                               dataset=dataset, model=model,
-                               start={"progress": {"captions": []}})  # fmt: skip
+                               dataset=dataset, model=model)  # fmt: skip
 
     return make
