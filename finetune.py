@@ -477,10 +477,13 @@ def load_config(model_id: str) -> Blip2Config:
 
 
 def choose_device(
-    device: str, dtype: str, config: Blip2Config
+    device: str, dtype: str, is_t5: bool, size: int
 ) -> tuple[torch.device, torch.dtype, str]:
-    """The one decision about device and dtype, with its reason. Raises UserError."""
-    is_t5, reason = config.text_config.model_type == "t5", "as DEVICE says"
+    """The one decision about device and dtype, with its reason, for a model of `size` parameters.
+
+    Raises UserError.
+    """
+    reason = "as DEVICE says"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         reason = (f"PyTorch finds no NVIDIA GPU, or an old driver for CUDA {torch.version.cuda}"
@@ -489,8 +492,6 @@ def choose_device(
         raise UserError(f"DEVICE is {device!r}, but there are {count} GPUs"
                         + (", counted from 0." if count else f": {reason}. Or use --device cpu."))
     if device == "cpu" or not count:
-        with torch.device("meta"):
-            size = Blip2ForConditionalGeneration(config).num_parameters()
         if device == "auto" and size > CPU_PARAMETERS:
             raise UserError(f"{reason}, and a model of {size / 1e9:.1f} billion parameters is very "
                             "slow on the CPU. Mend that, or say --device cpu if you mean it.")
@@ -506,6 +507,18 @@ def choose_device(
     return torch.device(device), getattr(torch, dtype), reason
 
 
+def count_bytes(
+    skeleton: Blip2ForConditionalGeneration, dtype: torch.dtype, in_4bit: bool
+) -> float:
+    """The memory that the weights of a model take when loaded."""
+    is_small = {  # T5's wo overflows in float16, and transformers keeps it out of 4 bits
+        id(module.weight) for name, module in skeleton.language_model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.endswith(("lm_head", ".wo"))}
+    # With double quantization: 64 weights share 1 byte, 256 such blocks 4 more.
+    return sum(weight.numel() * (0.5 + 1 / 64 + 4 / 64 / 256 if in_4bit and id(weight) in is_small
+                                 else dtype.itemsize) for weight in skeleton.parameters())
+
+
 def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool) -> Base:
     """The frozen model in eval mode on its device, with its processor. Raises UserError.
 
@@ -513,8 +526,19 @@ def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool
     """
     print(f"model: {model_id}")
     config = load_config(model_id)
-    place, kind, reason = choose_device(device, dtype, config)
+    with torch.device("meta"):
+        skeleton = Blip2ForConditionalGeneration(config)
+    is_t5, size = config.text_config.model_type == "t5", skeleton.num_parameters()
+    place, kind, reason = choose_device(device, dtype, is_t5, size)
     print(f"device: {place}, {str(kind).removeprefix('torch.')} ({reason})")
+    free = (torch.cuda.mem_get_info(place)[0] if place.type == "cuda"
+            else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    needed = count_bytes(skeleton, kind, in_4bit)
+    print(f"memory: {needed / 1e9:.3g} GB for the weights, {free / 1e9:.3g} GB free")
+    if needed > free:
+        print("  that is too little" + ": set LOAD_IN_4BIT" * (not in_4bit))
+    elif in_4bit and place.type == "cuda" and free > 2 * count_bytes(skeleton, kind, False):
+        print("  there is room for 16 bits, which are faster: set LOAD_IN_4BIT to False")
     nf4 = transformers.BitsAndBytesConfig(  # its own defaults are fp4, and arithmetic in fp32
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=kind, llm_int8_skip_modules=UNQUANTIZED)
@@ -553,8 +577,7 @@ def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool
     prefix += tokenizer(prompt, split_special_tokens=True)["input_ids"]  # an <image> in it is text
     text = config.text_config
     return Base(model.eval().requires_grad_(False), processor, place, kind, prefix,
-                config.num_query_tokens, text.eos_token_id, text.pad_token_id,
-                text.model_type == "t5")
+                config.num_query_tokens, text.eos_token_id, text.pad_token_id, is_t5)
 
 
 # ---- LoRA ---------------------------------------------------------------------------------------
@@ -1071,6 +1094,41 @@ def stop_at_once(number: int, _: Any) -> None:
     raise KeyboardInterrupt(number)
 
 
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Within, the first signal is only noted, in the list; the second one stops at once."""
+    signals: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if signals:
+            stop_at_once(number, frame)
+        signals.append(number)
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
+
+    with handled_signals(note):
+        yield signals
+
+
+def rows_of_step(
+    dataset: ImageCaptioningDataset, step: int, batch_size: int, seed: int
+) -> list[dict[str, Any]]:
+    """The rows of all processes, longest first: a pure function."""
+    epoch, place = divmod(step, math.ceil(len(dataset) / batch_size))
+    chosen = epoch_order(len(dataset), seed, epoch)[place * batch_size : (place + 1) * batch_size]
+    return sorted((dataset[i] for i in chosen), key=lambda row: -len(row["labels"]))
+
+
+def held_out_loss(model: PeftModel, held_out: ImageCaptioningDataset) -> float:
+    """Per learned token; NaN with nothing held out. Raises UserError if it is not finite."""
+    if not held_out.pairs:
+        return math.nan
+    loss = (measure_losses(model, held_out).sum() / held_out.tokens().sum()).item()
+    if not math.isfinite(loss):
+        raise UserError(f"the held-out loss is {loss}. Lower LEARNING_RATE, or set DTYPE to "
+                        "float32, and say --restart.")
+    return loss
+
+
 @dataclasses.dataclass
 class Progress:
     """Where a training run is, beside its weights and the optimizer's and scaler's state."""
@@ -1127,49 +1185,26 @@ def train(
         now = Progress(caption_dataset(model, captioned, limit))
     steps_per_epoch = math.ceil(len(dataset) / settings.BATCH_SIZE)
     steps = steps_per_epoch * settings.EPOCHS
-
-    def rows_of(step: int) -> list[dict[str, Any]]:  # a pure function; longest first
-        epoch, place = divmod(step, steps_per_epoch)
-        chosen = slice(place * settings.BATCH_SIZE, (place + 1) * settings.BATCH_SIZE)
-        rows = [dataset[i] for i in epoch_order(len(dataset), settings.SEED, epoch)[chosen]]
-        return sorted(rows, key=lambda row: -len(row["labels"]))
-
-    def held_out_loss() -> float:
-        if not held_out.pairs:
-            return math.nan
-        loss = (measure_losses(model, held_out).sum() / held_out.tokens().sum()).item()
-        if not math.isfinite(loss):
-            raise UserError(f"the held-out loss is {loss}. Lower LEARNING_RATE, or set DTYPE to "
-                            "float32, and say --restart.")
-        return loss
-
-    signals: list[int] = []
-
-    def note_signal(number: int, frame: Any) -> None:
-        if signals:
-            stop_at_once(number, frame)
-        signals.append(number)
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
-
+    print(f"steps: {steps}, {steps_per_epoch} an epoch")
+    if steps < FEW_STEPS:
+        print(f"  too few to learn much: try EPOCHS = {math.ceil(FEW_STEPS / steps_per_epoch)}")
     metrics = open_metrics(folder / "metrics.csv", now.step) if is_main else io.StringIO()
-    with handled_signals(note_signal), metrics:
-        def log(*values: Any) -> None:
-            csv.writer(metrics).writerow(values)
-            row = {name: value for name, value in zip(METRICS, values, strict=True) if value != ""}
-            accelerator.log(row, step=values[0])
 
-        print(f"steps: {steps}, {steps_per_epoch} an epoch")
-        if steps < FEW_STEPS:
-            print(f"  too few to learn much: try EPOCHS = {math.ceil(FEW_STEPS / steps_per_epoch)}")
+    def log(*values: Any) -> None:
+        csv.writer(metrics).writerow(values)
+        row = {name: value for name, value in zip(METRICS, values, strict=True) if value != ""}
+        accelerator.log(row, step=values[0])
+
+    with noted_signals() as signals, metrics:
         if now.step:
             print(f"continuing after step {now.step}")
         else:
-            now.before = held_out_loss()
-            log(0, 0, "", "", now.before, "", "", 0)
+            now.before = held_out_loss(model, held_out)
+            log(0, 0, "", "", now.before if held_out.pairs else "", "", "", 0)
         print(f"held-out loss before: {now.before:.4f}" if held_out.pairs else "nothing held out")
         pause, drawn = 60 * settings.CHECKPOINT_MINUTES or math.inf, time.monotonic()
         due = drawn + pause
-        rows = rows_of(now.step)
+        rows = rows_of_step(dataset, now.step, settings.BATCH_SIZE, settings.SEED)
         bar = tqdm(range(now.step, steps), "training", steps, initial=now.step, unit="step",
                    disable=None)
         for step in bar:
@@ -1199,8 +1234,8 @@ def train(
                 flags[0] = torch.cat(losses).sum()
                 flat.copy_(reduce(flat, "sum"))
                 norm = gradient.norm() / scaler.scale(torch.ones_like(flags[0]))
-                following = rows_of(step + 1)  # read while the GPU works
-                # The one synchronization of a step.
+                following = rows_of_step(dataset, step + 1, settings.BATCH_SIZE, settings.SEED)
+                # The one synchronization of a step; the rows of the next one are read by now.
                 total, short, stop, save, draw, norm = torch.cat([flags, norm[None]]).tolist()
                 if not short:
                     break
@@ -1235,7 +1270,7 @@ def train(
             bar.set_postfix_str(f"loss {loss:.3f}, {now.pairs / now.seconds:.1f} pairs/s", False)
             epoch, place = divmod(step, steps_per_epoch)
             if ended := place == steps_per_epoch - 1:
-                after = held_out_loss()
+                after = held_out_loss(model, held_out)
                 improved = not after >= now.best  # with nothing held out, the last is kept
                 if improved:
                     now.best, now.best_epoch = after, epoch + 1
@@ -1245,6 +1280,7 @@ def train(
                 tqdm.write(f"epoch {epoch + 1}/{settings.EPOCHS}: loss {now.loss / now.tokens:.4f},"
                            f" {measured}{now.pairs / now.seconds:.1f} pairs/s")
                 now.loss, now.tokens = 0.0, 0
+                after = after if held_out.pairs else ""
             log(step + 1, epoch + 1, rate, loss, after, norm, len(rows) / seconds, now.seconds)
             if ended or stop or save:
                 metrics.flush()
