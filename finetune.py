@@ -128,7 +128,8 @@ CPU_PARAMETERS = 500_000_000  # a larger model runs on the CPU only when told to
 TINY_PARAMETERS = 20_000_000  # below, one CPU thread: several wait for each other, not for work
 FEW_STEPS = 100  # with fewer optimizer steps hardly anything is learned
 HARMLESS = (  # for the result
-    "DEVICE", "NUM_WORKERS", "CHECKPOINT_MINUTES", "SAMPLE_COUNT", "LOG_WITH")
+    "DEVICE", "NUM_WORKERS", "CHECKPOINT_MINUTES", "SAMPLE_COUNT", "LOG_WITH",
+    "check", "restart", "caption")
 METRICS = ("step", "epoch", "learning_rate", "train_loss", "held_out_loss", "grad_norm",
            "pairs_per_second", "seconds")
 IGNORE = -100  # the label of a position that is not learned
@@ -953,9 +954,8 @@ def fingerprint(pairs: list[Pair], root: str) -> str:
 def list_differences(earlier: dict[str, Any], settings: dict[str, Any], data: str) -> list[str]:
     """What makes this run another one than the earlier: settings, pictures, captions."""
     old, new = earlier["settings"] | {"data": earlier["data"]}, settings | {"data": data}
-    return [f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-            for name in sorted(old.keys() | new.keys())
-            if name not in HARMLESS and old.get(name) != new.get(name)]
+    return [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in sorted(new)
+            if name not in HARMLESS and old.get(name) != new[name]]
 
 
 def move_aside(folder: Path) -> None:
@@ -969,12 +969,12 @@ def move_aside(folder: Path) -> None:
     print(f"the earlier run is in {name} now")
 
 
-def describe_run(settings: dict[str, Any], data: str, base: Base) -> dict[str, Any]:
+def describe_run(settings: argparse.Namespace, data: str, base: Base) -> dict[str, Any]:
     """settings.json: what --caption needs to load the adapter, and a person to repeat the run."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "pillow")
     return {
         "finished": False,
-        "settings": settings,
+        "settings": {name: value for name, value in vars(settings).items() if name.isupper()},
         "data": data,
         "device": str(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
@@ -1298,7 +1298,7 @@ def train(
                 texts = spread(now.captions, settings.SAMPLE_COUNT), caption_dataset(
                     model, shown, limit)
                 if is_main:
-                    attempt(draw_report, folder, list_samples(shown, *texts), f"epoch {epoch + 1}")
+                    attempt(draw_report, folder, list_samples(shown, *texts), {})
                 drawn = time.monotonic()
             rows = following
     accelerator.wait_for_everyone()
@@ -1359,7 +1359,23 @@ def find_fonts(text: str) -> tuple[list[str], str]:
     return families, "".join(sorted(missing))
 
 
-def draw_report(folder: Path, samples: list[Sample], title: str) -> None:
+def summarize(
+    done: Progress, dataset: ImageCaptioningDataset, samples: list[Sample]
+) -> dict[str, Any]:
+    """What was learned, in figures."""
+    results = {"training_pairs": len(dataset), "steps": done.step,
+               "training_seconds": round(done.seconds, 1),
+               "pairs_per_second": round(done.pairs / done.seconds, 1)}
+    if samples:
+        results |= {"best_epoch": done.best_epoch, "held_out_loss_before": round(done.before, 4),
+                    "held_out_loss_after": round(done.best, 4)}
+        for when in ("before", "after"):
+            exact = sum(getattr(sample, when) == sample.reference for sample in samples)
+            results[f"exact_captions_{when}"] = f"{exact} of {len(samples)}"
+    return results
+
+
+def draw_report(folder: Path, samples: list[Sample], results: dict[str, Any]) -> None:
     """report.png: the losses in metrics.csv; pictures with reference, caption before and after."""
     from matplotlib.figure import Figure  # takes a second
 
@@ -1378,7 +1394,8 @@ def draw_report(folder: Path, samples: list[Sample], title: str) -> None:
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
         losses.plot(*zip(*points, strict=True), **style)
     losses.set(xlabel="step", ylabel="loss per token", ylim=(0, None))
-    losses.set_title(title, parse_math=False)
+    losses.set_title(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value
+                               in results.items() if name.startswith(("held_out_loss", "exact"))))
     losses.legend(frameon=False)
     losses.spines[["top", "right"]].set_visible(False)
     for number, sample in enumerate(samples):
@@ -1582,44 +1599,41 @@ def run(settings: argparse.Namespace) -> int:
         accelerator.end_training()
 
 
-def fine_tune(
-    settings: argparse.Namespace,
-    accelerator: Accelerator,
-    pairs: list[Pair],
-    validation: list[Pair],
-    skipped: list[Skipped],
-) -> int:
-    """All of a run that writes, under the lock of OUTPUT_DIR. Returns the exit code."""
-    output, limit = Path(settings.OUTPUT_DIR), settings.MAX_CAPTION_TOKENS
-    chosen = {name: value for name, value in vars(settings).items() if name.isupper()}
-    data = fingerprint(pairs, settings.TRAIN_DIR)
-    if validation:
-        data += f"; {fingerprint(validation, settings.VALIDATION_DIR)}"
+def find_earlier_run(
+    settings: argparse.Namespace, accelerator: Accelerator, data: str
+) -> tuple[dict[str, Any], bool]:
+    """The run that is in OUTPUT_DIR, {} for none, and whether this one continues it.
+
+    Raises UserError where that is another, unfinished one, and where processes see other files.
+    """
+    output = Path(settings.OUTPUT_DIR)
     accelerator.wait_for_everyone()  # for the lock
     earlier = read_earlier_run(output)
     seen = gather_object([(data, earlier, (output / ".lock").exists())])
     if seen != seen[:1] * len(seen):
         raise UserError("the processes don't see the same files. Put TRAIN_DIR and OUTPUT_DIR on a "
                         "file system that all machines share.")
-    changed = list_differences(earlier, chosen, data) if earlier else []
+    changed = list_differences(earlier, vars(settings), data) if earlier else []
     if changed and not earlier["finished"] and not settings.restart:
         raise UserError("\n  ".join([
             f"OUTPUT_DIR {str(output)!r} holds an unfinished run, and:", *changed,
             "Set that back to continue, give --restart to move that run aside, or name another "
             "OUTPUT_DIR."]))
-    continuing = earlier and not changed and not settings.restart
-    if continuing and earlier["finished"]:
-        shutil.rmtree(output / "checkpoint", ignore_errors=True)  # killed just before this
-        print(f"this run is finished: its adapter is in {output}. To train anew, change a setting "
-              "or give --restart.")
-        return 0
-    if accelerator.num_processes > 1:
-        print(f"processes: {accelerator.num_processes}, {settings.BATCH_SIZE} pairs a step in all")
+    return earlier, bool(earlier) and not changed and not settings.restart
 
-    dtype = earlier["dtype"] if continuing else settings.DTYPE
-    base = load_base(settings.MODEL_ID, settings.PROMPT, settings.DEVICE, dtype,
-                     settings.LOAD_IN_4BIT)
-    store = open_features(base, settings.TRAIN_DIR, f"{output}.features")
+
+def build_datasets(
+    settings: argparse.Namespace,
+    base: Base,
+    pairs: list[Pair],
+    validation: list[Pair],
+    skipped: list[Skipped],
+) -> tuple[ImageCaptioningDataset, ImageCaptioningDataset]:
+    """Encodes the pictures. Returns what to train on, and what is held out.
+
+    Adds what can't be read to `skipped`. Raises UserError where nothing is left.
+    """
+    store = open_features(base, settings.TRAIN_DIR, f"{settings.OUTPUT_DIR}.features")
     pictures = [pair.picture for pair in pairs + validation]
     encode_pictures(base, store, pictures, settings.NUM_WORKERS)
     for part in (base.model.vision_model, base.model.qformer):
@@ -1633,54 +1647,71 @@ def fine_tune(
         folder = settings.VALIDATION_DIR if pairs else settings.TRAIN_DIR
         raise UserError(f"not one picture in {folder!r} can be read. Replace them; --check says "
                         "what is wrong with each.")
-
     captions = [pair.caption for pair in pairs + validation]
+    limit = settings.MAX_CAPTION_TOKENS
     tokenized, cut = tokenize_captions(captions, base, settings.PROMPT, limit)
     if cut:
         print(f"cut: {cut} captions, at MAX_CAPTION_TOKENS = {limit} tokens")
     if not settings.VALIDATION_DIR:
         pairs, validation = split_pairs(pairs, settings.VALIDATION_FRACTION, settings.SEED,
                                         settings.TRAIN_DIR)
-    dataset = ImageCaptioningDataset(pairs, store, tokenized, base)
-    held_out = ImageCaptioningDataset(validation, store, tokenized, base)
     print(f"pairs: {len(pairs)} to train on, {len(validation)} held out")
+    dataset = ImageCaptioningDataset(pairs, store, tokenized, base)
     print(f"row: {describe_row(dataset[0], base)}  ([...] is learned)")
+    return dataset, ImageCaptioningDataset(validation, store, tokenized, base)
+
+
+def fine_tune(
+    settings: argparse.Namespace,
+    accelerator: Accelerator,
+    pairs: list[Pair],
+    validation: list[Pair],
+    skipped: list[Skipped],
+) -> int:
+    """All of a run that writes, under the lock of OUTPUT_DIR. Returns the exit code."""
+    output = Path(settings.OUTPUT_DIR)
+    data = fingerprint(pairs, settings.TRAIN_DIR)
+    if validation:
+        data += f"; {fingerprint(validation, settings.VALIDATION_DIR)}"
+    earlier, continuing = find_earlier_run(settings, accelerator, data)
+    if continuing and earlier["finished"]:
+        shutil.rmtree(output / "checkpoint", ignore_errors=True)  # killed just before this
+        print(f"this run is finished: its adapter is in {output}. To train anew, change a setting "
+              "or give --restart.")
+        return 0
+    if accelerator.num_processes > 1:
+        print(f"processes: {accelerator.num_processes}, {settings.BATCH_SIZE} pairs a step in all")
+    dtype = earlier["dtype"] if continuing else settings.DTYPE
+    base = load_base(settings.MODEL_ID, settings.PROMPT, settings.DEVICE, dtype,
+                     settings.LOAD_IN_4BIT)
+    dataset, held_out = build_datasets(settings, base, pairs, validation, skipped)
     torch.manual_seed(settings.SEED)  # of the adapter's first weights
     model = add_lora(base.model, settings.LORA_TARGETS, settings.LORA_RANK, settings.LORA_ALPHA,
                      settings.LORA_DROPOUT)
     check_sight(model, dataset)
 
-    record = describe_run(chosen, data, base)
+    record = describe_run(settings, data, base)
     if accelerator.is_main_process:
         if earlier and not continuing:
             move_aside(output)
         save_settings(output, record)
         save_skipped(output, skipped)
         base.processor.save_pretrained(output)
-    accelerator.init_trackers("blip2", config=chosen)
+    accelerator.init_trackers("blip2", config=record["settings"])
     accelerator.wait_for_everyone()
     done, train_losses = train(settings, accelerator, model, dataset, held_out)
-    captioned = held_out.some(GENERATED)
-    samples = list_samples(captioned, done.captions, caption_dataset(model, captioned, limit))
-    parts = {"train": (dataset, train_losses),
-             "held out": (held_out, measure_losses(model, held_out))}
+    held_out_losses, captioned = measure_losses(model, held_out), held_out.some(GENERATED)
+    after = caption_dataset(model, captioned, settings.MAX_CAPTION_TOKENS)
     if not accelerator.is_main_process:
         return 0
-    results = {"training_pairs": len(pairs), "held_out_pairs": len(validation),
-               "not_used": len(skipped), "steps": done.step, "best_epoch": done.best_epoch,
-               "training_seconds": round(done.seconds, 1),
-               "pairs_per_second": round(done.pairs / done.seconds, 1)}
-    if validation:
-        results |= {"held_out_loss_before": round(done.before, 4),
-                    "held_out_loss_after": round(done.best, 4)}
-        for name, column in (("before", 2), ("after", 3)):
-            exact = sum(sample[1] == sample[column] for sample in samples)
-            results[f"exact_captions_{name}"] = f"{exact} of {len(samples)}"
-    record |= {"finished": True, "results": results}
-    worst = save_pairs(output, parts)[:3]
-    loss = f"{done.before:.3f} before, {done.best:.3f} after" if validation else "not measured"
+
+    samples = list_samples(captioned, done.captions, after)
     shown = spread(samples, settings.SAMPLE_COUNT)
-    code = attempt(draw_report, output, shown, f"{settings.MODEL_ID}: held-out loss {loss}")
+    results = summarize(done, dataset, samples)
+    record |= {"finished": True, "results": results | {"not_used": len(skipped)}}
+    parts = {"train": (dataset, train_losses), "held out": (held_out, held_out_losses)}
+    worst = save_pairs(output, parts)[:3]
+    code = attempt(draw_report, output, shown, results)
     code |= attempt(log_report, output, accelerator, done.step)
     code |= attempt(save_card, output, samples, record)
     save_settings(output, record)
@@ -1690,7 +1721,7 @@ def fine_tune(
     print("highest losses, perhaps wrong captions (pairs.csv has all):")
     for _, loss, _, picture, caption in worst:
         print(f"  {loss:.3f} {picture}: {textwrap.shorten(caption, 60)}")
-    for name, value in {**results, "adapter": output}.items():
+    for name, value in {**record["results"], "adapter": output}.items():
         print(f"{name + ':':<23}{value}")
     return code
 
