@@ -905,6 +905,13 @@ def replace_file(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+def replace_csv(path: Path, rows: Iterable[Iterable]) -> None:
+    """A table, its header first."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    replace_file(path, text.getvalue().encode(errors="surrogateescape"))
+
+
 @contextlib.contextmanager
 def lock_output(folder: Path) -> Iterator[None]:
     """Raises UserError where OUTPUT_DIR can't be written, or another run writes into it."""
@@ -988,14 +995,8 @@ def describe_run(settings: argparse.Namespace, data: str, base: Base) -> dict[st
 
 
 def save_settings(folder: Path, record: dict[str, Any]) -> None:
+    """settings.json: see describe_run."""
     replace_file(folder / "settings.json", (json.dumps(record, indent=2) + "\n").encode())
-
-
-def save_skipped(folder: Path, skipped: list[Skipped]) -> None:
-    """skipped.csv: a row for each caption and picture that is not used."""
-    path = folder / "skipped.csv"
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([Skipped._fields, *skipped])
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -1107,6 +1108,8 @@ def noted_signals() -> Iterator[list[int]]:
 
     with handled_signals(note):
         yield signals
+    if signals:  # in the last step
+        stop_at_once(signals[0], None)
 
 
 def rows_of_step(
@@ -1437,9 +1440,8 @@ def save_pairs(
         figures = zip(dataset.pairs, (losses / tokens).tolist(), tokens.tolist(), strict=True)
         rows += [[split, round(loss, 4), count, *pair] for pair, loss, count in figures]
     rows.sort(key=lambda row: -row[1])
-    text = io.StringIO()
-    csv.writer(text).writerows([["split", "loss", "tokens", "picture", "caption"], *rows])
-    replace_file(folder / "pairs.csv", text.getvalue().encode(errors="surrogateescape"))
+    header = ["split", "loss", "tokens", "picture", "caption"]
+    replace_csv(folder / "pairs.csv", [header, *rows])
     return rows
 
 
@@ -1695,7 +1697,7 @@ def fine_tune(
         if earlier and not continuing:
             move_aside(output)
         save_settings(output, record)
-        save_skipped(output, skipped)
+        replace_csv(output / "skipped.csv", [Skipped._fields, *skipped])
         base.processor.save_pretrained(output)
     accelerator.init_trackers("blip2", config=record["settings"])
     accelerator.wait_for_everyone()
