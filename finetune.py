@@ -120,6 +120,8 @@ LORA_PATTERNS = {
 UNQUANTIZED = ["lm_head", "language_projection", "qformer", "vision_model"]
 PICTURE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]
 DECODING = 1  # raised when read_picture returns something else, so that features are made anew
+CAPTION_BYTES = 1_000_000  # a larger file is no caption
+UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"  # ends lines, moves the cursor
 INFERENCE_BATCH = 16  # pictures encoded, measured or captioned at a time
 GENERATED = 256  # held-out pictures captioned before and after, at most
 REPORT_SECONDS = 60  # between two drawings of report.png, at least
@@ -148,6 +150,11 @@ def share(items: Sequence) -> Sequence:
     """The part of a list that falls to this process."""
     state = PartialState()
     return items[state.process_index :: state.num_processes]
+
+
+def printable(text: str) -> str:
+    """`text` on one line of a terminal: what breaks lines or controls the terminal is escaped."""
+    return re.sub(UNPRINTABLE, lambda found: ascii(found[0])[1:-1], text)
 
 
 # ---- Settings -----------------------------------------------------------------------------------
@@ -220,12 +227,15 @@ class Skipped(NamedTuple):
 def read_caption(path: str) -> tuple[str, str]:
     """The caption in a file, white space collapsed, and a remark on its encoding ("": none).
 
-    UTF-8 with or without BOM, UTF-16 with BOM, else Windows-1252. Raises OSError and
-    UnicodeDecodeError.
+    UTF-8 with or without BOM, UTF-16 with BOM, else Windows-1252. Raises OSError, also for
+    what is no text, and UnicodeDecodeError.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError("it is not a file")  # a pipe would block for ever
-    raw = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        raw = file.read(CAPTION_BYTES + 1)
+    if len(raw) > CAPTION_BYTES:
+        raise OSError(f"it is larger than {CAPTION_BYTES} bytes")
     encoding, remark = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", ""
     try:
         text = raw.decode(encoding)
@@ -233,6 +243,8 @@ def read_caption(path: str) -> tuple[str, str]:
         if encoding == "utf-16":
             raise
         text, remark = raw.decode("cp1252", errors="replace"), "read as Windows-1252: not UTF-8"
+    if "\0" in text:  # UTF-16 without BOM, or no text at all
+        raise OSError("it holds zero bytes; save it as UTF-8")
     return " ".join(text.split()), remark
 
 
@@ -321,7 +333,7 @@ def print_skipped(skipped: list[Skipped], named: int = NAMED) -> None:
     if counts := Counter(row.kind for row in skipped):
         print("not used:", ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts.items()))
     for row in skipped[:named]:
-        print(f"  {row.path}: {row.reason}")
+        print(printable(f"  {row.path}: {row.reason}"))
     if len(skipped) > named:
         print(f"  and {len(skipped) - named} more; --check lists all")
 
@@ -336,6 +348,19 @@ class PictureError(Exception):
     """The picture can't be used; the message says why."""
 
 
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Drops what is written to file descriptor 2: libtiff's remarks on damaged files."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def read_picture(path: str, side: int) -> Image.Image:
     """A picture as RGB: upright, its first frame, transparency over white, 16-bit grey as 8-bit.
 
@@ -345,7 +370,7 @@ def read_picture(path: str, side: int) -> Image.Image:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise PictureError("is not a file")  # a pipe would block for ever
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), silenced():
             warnings.simplefilter("ignore")  # about EXIF, palettes, sizes; what matters raises
             with Image.open(path, formats=PICTURE_FORMATS) as picture:
                 picture.draft(None, (2 * side, 2 * side))
@@ -429,10 +454,10 @@ def check_pictures(pairs: list[Pair], skipped: list[Skipped], workers: int) -> i
         reasons |= {path: reason for path, _, _, reason in rows}
     for pair in pairs:
         if not reasons[pair.picture]:
-            print(f"pair\t{pair.picture}\t{pair.caption}")
+            print(f"pair\t{printable(pair.picture)}\t{printable(pair.caption)}")
     broken = [Skipped("picture", path, reason) for path, reason in reasons.items() if reason]
     for row in skipped + broken:
-        print(f"not used\t{row.path}\t{row.reason}")
+        print(f"not used\t{printable(row.path)}\t{printable(row.reason)}")
     print(f"{len(pairs) - len(broken)} pairs; {len(skipped) + len(broken)} files not used")
     return 0 if len(pairs) > len(broken) else 1
 
@@ -1255,10 +1280,11 @@ def train(
             loss = total / tokens
             # GradScaler leaves out steps whose gradient isn't finite, and scales less from then on.
             if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
-                pictures = [dataset.pairs[row["index"]].picture for row in rows[:NAMED]]
-                raise UserError(f"at step {step + 1} the loss is {loss} and the norm of its "
-                                f"gradient {norm}, with {', '.join(pictures)}. Lower LEARNING_RATE,"
-                                " or set DTYPE to float32, and say --restart.")
+                pictures = ", ".join(dataset.pairs[row["index"]].picture for row in rows[:NAMED])
+                raise UserError(
+                    f"at step {step + 1} the loss is {loss} and the norm of its gradient {norm}, "
+                    f"with {printable(pictures)}. Lower LEARNING_RATE, or set DTYPE to float32, "
+                    "and say --restart.")
             scaler.unscale_(optimizer)
             if settings.MAX_GRAD_NORM:
                 gradient *= min(1.0, settings.MAX_GRAD_NORM / (norm + 1e-6))
@@ -1516,13 +1542,14 @@ def save_card(folder: Path, samples: list[Sample], record: dict[str, Any]) -> No
         pipeline_tag="image-to-text", tags=["blip-2", "lora", "image-captioning"],
         license="apache-2.0" if is_t5 else "other", license_name=None if is_t5 else "opt",
         metrics=["loss", "exact_match"])
-    rows = [[name.replace("_", " "), str(value)] for name, value in record["results"].items()]
-    figures, shown = ("\n".join("| " + " | ".join(text.replace("|", "/") for text in row) + " |"
-                                for row in some)
-                      for some in (rows, [sample[1:] for sample in spread(samples, 6)]))
+    figures = (f"| {name.replace('_', ' ')} | {value} |" for name, value
+               in record["results"].items())
+    shown = (" | ".join(printable(text).replace("|", "/") for text in sample[1:])
+             for sample in spread(samples, 6))
     card = CARD.format(
-        metadata=metadata.to_yaml(), name=folder.resolve().name, base=base, figures=figures,
-        loaded="4 bits" if in_4bit else dtype, samples=shown, folder=str(folder), dtype=dtype,
+        metadata=metadata.to_yaml(), name=folder.resolve().name, base=base, dtype=dtype,
+        figures="\n".join(figures), samples="\n".join(f"| {row} |" for row in shown),
+        loaded="4 bits" if in_4bit else dtype, folder=str(folder),
         unquantized=UNQUANTIZED, quantization="nf4" if in_4bit else None,
         prompt=settings["PROMPT"], tokens=settings["MAX_CAPTION_TOKENS"] + 1,
         cut="" if is_t5 else '[:, inputs["input_ids"].shape[1] :]',
@@ -1547,7 +1574,8 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
             raise UserError(f"there is no picture or folder {path!r}.")
         pictures += list_files(path, skipped) if os.path.isdir(path) else [path]
     if not pictures:
-        raise UserError(f"there is no picture in {', '.join(paths)}. Name other folders or files.")
+        raise UserError(f"there is no picture in {printable(', '.join(paths))}. Name other folders "
+                        "or files.")
     try:
         record = json.loads((output / "settings.json").read_text(encoding="utf-8"))
         trained, dtype = argparse.Namespace(**record["settings"]), record["dtype"]
@@ -1569,10 +1597,10 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
             features = encode(base, pixel_values)
             captions = generate_captions(model, base, features, trained.MAX_CAPTION_TOKENS)
             for path, caption in zip(usable, captions, strict=True):
-                tqdm.write(f"{path}\t{caption}")  # to stdout, past the bar
+                tqdm.write(f"{printable(path)}\t{printable(caption)}")  # to stdout, past the bar
             sys.stdout.flush()
     for row in skipped:
-        print(f"not captioned: {row.path}: {row.reason}", file=sys.stderr)
+        print(printable(f"not captioned: {row.path}: {row.reason}"), file=sys.stderr)
     return 1 if skipped else 0
 
 
@@ -1588,7 +1616,7 @@ def run(settings: argparse.Namespace) -> int:
     more = find_pairs(settings.VALIDATION_DIR, named) if settings.VALIDATION_DIR else ([], [], [])
     validation, skipped, remarks = more[0], skipped + more[1], remarks + more[2]
     for remark in remarks[:named]:
-        print(remark)
+        print(printable(remark))
     if settings.check:
         return check_pictures(pairs + validation, skipped, settings.NUM_WORKERS)
 
@@ -1659,7 +1687,7 @@ def build_datasets(
                                         settings.TRAIN_DIR)
     print(f"pairs: {len(pairs)} to train on, {len(validation)} held out")
     dataset = ImageCaptioningDataset(pairs, store, tokenized, base)
-    print(f"row: {describe_row(dataset[0], base)}  ([...] is learned)")
+    print(f"row: {printable(describe_row(dataset[0], base))}  ([...] is learned)")
     return dataset, ImageCaptioningDataset(validation, store, tokenized, base)
 
 
@@ -1719,10 +1747,11 @@ def fine_tune(
     save_settings(output, record)
     shutil.rmtree(output / "checkpoint")
     for sample in shown:
-        print("{}\n  reference: {}\n  before:    {}\n  after:     {}".format(*sample))
+        print("{}\n  reference: {}\n  before:    {}\n  after:     {}".format(
+            *map(printable, sample)))
     print("highest losses, perhaps wrong captions (pairs.csv has all):")
     for _, loss, _, picture, caption in worst:
-        print(f"  {loss:.3f} {picture}: {textwrap.shorten(caption, 60)}")
+        print(printable(f"  {loss:.3f} {picture}: {textwrap.shorten(caption, 60)}"))
     for name, value in {**record["results"], "adapter": output}.items():
         print(f"{name + ':':<23}{value}")
     return code
@@ -1738,6 +1767,7 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what matters about a picture raises
     transformers.utils.logging.set_verbosity_error()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # in a notebook
