@@ -596,7 +596,7 @@ def ghostscript(tmp_path, monkeypatch):
     return mark
 
 
-def test_a_corpus_of_odd_pictures(command, train_dir, tmp_path, ghostscript, recwarn):
+def test_a_corpus_of_odd_pictures(command, train_dir, tmp_path, ghostscript, recwarn, caplog):
     (train_dir / "caption/odd.txt").write_text("odd")
     folder = train_dir / "Image/odd"
     folder.mkdir()
@@ -611,7 +611,7 @@ def test_a_corpus_of_odd_pictures(command, train_dir, tmp_path, ghostscript, rec
         code, out, err = command("--check", TRAIN_DIR=train_dir)
     assert (code, err, (tmp_path / "noise").read_text()) == (0, "", "")
     assert not recwarn.list, [str(warning.message) for warning in recwarn]
-    assert not ghostscript.exists()
+    assert not caplog.records and not ghostscript.exists()
     pairs, named = listed(out, "pair"), dict(listed(out, "not used"))
     wrong = {name: text for name, result in expected.items()
              if (text := differences(str(folder / name), result, pairs, named))}
@@ -680,10 +680,10 @@ NAMES = {  # name -> how it is printed
 
 @pytest.fixture
 def named_data(train_dir) -> dict[str, str]:
-    """A pair, a broken picture and a lonely caption for each name: path -> how it is printed."""
+    """Two pairs, a broken picture and a lonely caption for each name: path -> how it is printed."""
     printed = {}
     for name, shown in NAMES.items():
-        add(train_dir, name, b"a cat", f"{name}/1.png", f"{name}/{name}")
+        add(train_dir, name, b"a \x1b[1mcaf\xe9", f"{name}/1.png", f"{name}/{name}")
         (train_dir / "Image" / name / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
         for path in ("1.png", "{}", "cut.png"):
             printed[f"{train_dir}/Image/{name}/{path.format(name)}"] = (
@@ -700,11 +700,15 @@ def test_check_prints_one_line_for_each_name(command, train_dir, named_data):
     assert (code, err) == (0, "")
     assert not re.search(CONTROL, out.replace("\t", ""))
     *lines, _ = out.split("\n")
-    assert all(line.count("\t") == 2 for line in lines[:-1]) and lines[-1].count("\t") == 0
-    assert len(lines) == len(named_data) + 1
+    remarks, lines, summary = lines[: len(NAMES)], lines[len(NAMES) : -1], lines[-1]
+    assert {line.partition(".txt: read as Windows-1252")[0] for line in remarks} == {
+        f"{train_dir}/caption/{shown}" for shown in NAMES.values()}
+    assert all(line.count("\t") == 2 for line in lines) and len(lines) == len(named_data)
+    assert re.fullmatch(r"\d+ pairs; \d+ files not used", summary)
     broken = {path for path in named_data if path.endswith(("/cut.png", " alone.txt"))}
     used = named_data.keys() - broken
-    assert listed(out, "pair") == {(named_data[path], "a cat") for path in used}
+    assert listed(out, "pair") == {
+        (named_data[path], r"a \x1b[1mcafé") for path in used}
     assert {path for path, _ in listed(out, "not used")} == {named_data[path] for path in broken}
 
 
