@@ -352,9 +352,9 @@ class PictureError(Exception):
 def silenced() -> Iterator[None]:
     """Drops what is written to file descriptor 2: libtiff's remarks on damaged files."""
     kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
     try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
         yield
     finally:
         os.dup2(kept, 2)
