@@ -149,6 +149,52 @@ def test_a_step_equals_the_oracle(any_base, small_data, build, prompt, targets):
 # ---- What trains, and what stays still ----------------------------------------------------------
 
 
+def test_the_loop_is_adamw_with_clipping_decay_and_the_learning_rates(
+    opt_base, small_data, build, tmp_path, monkeypatch
+):
+    """finetune.train against a hand-made loop: 2 epochs of 12 pairs in steps of 5, 5 and 2."""
+    flags = ["--epochs=2", "--batch-size=5", "--learning-rate=0.01", "--weight-decay=0.5",
+             "--max-grad-norm=0.02", "--warmup-fraction=0.4", f"--output-dir={tmp_path / 'out'}"]
+    settings = finetune.parse_arguments(flags)
+    for number, text in enumerate((small_data / "caption").iterdir()):
+        text.write_text("a red circle " * (number + 1))
+    expected = build(opt_base, small_data)
+    weights = [p for p in expected.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.5)
+    norms = []
+    for step in range(6):
+        order = finetune.epoch_order(12, settings.SEED, step // 3)[step % 3 * 5 : step % 3 * 5 + 5]
+        rows = [expected.dataset[i] for i in order]
+        optimizer.zero_grad()
+        losses = finetune.pair_losses(expected.model, rows, expected.base)
+        (losses.sum() / finetune.count_tokens(rows)).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(weights, 0.02).item())
+        optimizer.param_groups[0]["lr"] = finetune.learning_rate(step, 6, 0.01, 0.4)
+        optimizer.step()
+    assert min(norms) > 0.02  # every step was clipped
+
+    lengths, real = [], finetune.pair_losses
+
+    def watched(model, rows, base):
+        lengths.append([len(row["labels"]) for row in rows])
+        return real(model, rows, base)
+
+    monkeypatch.setattr(finetune, "pair_losses", watched)
+    (tmp_path / "out").mkdir()
+    built = build(opt_base, small_data)
+    nothing = finetune.ImageCaptioningDataset([], built.store, built.tokenized, built.base)
+    finetune.train(settings, Accelerator(cpu=True), built.model, built.dataset, nothing)
+    assert [len(some) for some in lengths] == [5, 5, 2] * 2
+    assert all(some == sorted(some, reverse=True) for some in lengths)
+    assert len({length for some in lengths for length in some}) == 3
+    ours = torch.cat([p.flatten() for p in built.model.parameters() if p.requires_grad])
+    theirs = torch.cat([p.flatten() for p in weights])
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+    metrics = (tmp_path / "out" / "metrics.csv").read_text().splitlines()
+    logged = [float(line.split(",")[5]) for line in metrics[2:]]
+    assert logged == pytest.approx(norms, rel=1e-3)
+
+
 def test_only_lora_in_the_language_model_trains(any_base, small_data, build, command):
     plain = Blip2ForConditionalGeneration.from_pretrained(any_base, dtype=torch.float32)
     built = build(any_base, small_data)
