@@ -514,6 +514,9 @@ def choose_device(
     if not count:
         reason = (f"PyTorch finds no NVIDIA GPU, or an old driver for CUDA {torch.version.cuda}"
                   if torch.version.cuda else "this PyTorch was built without CUDA")
+    if device.startswith("cuda:") and PartialState().num_processes > 1:
+        raise UserError(f"DEVICE is {device!r}, but each process takes a GPU of its own. Set it to "
+                        "auto.")
     if device.startswith("cuda") and int(device[5:] or 0) >= count:
         raise UserError(f"DEVICE is {device!r}, but there are {count} GPUs"
                         + (", counted from 0." if count else f": {reason}. Or use --device cpu."))
