@@ -19,8 +19,9 @@ def train(command, sample, opt_base, tmp_path):
 
     def run(name: str, *flags: str, **settings) -> str:
         code, output, error = command(
-            *flags, **{"TRAIN_DIR": tmp_path / "train", "OUTPUT_DIR": tmp_path / name, "MODEL_ID": opt_base,
-               "DEVICE": "cuda", "LEARNING_RATE": 3e-3, "EPOCHS": 10} | settings)  # fmt: skip
+            *flags, **{"TRAIN_DIR": tmp_path / "train", "OUTPUT_DIR": tmp_path / name,
+                       "MODEL_ID": opt_base, "DEVICE": "cuda", "LEARNING_RATE": 3e-3,
+                       "EPOCHS": 10} | settings)  # fmt: skip
         assert code == 0, error
         return output
 
