@@ -63,12 +63,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Proces
 
 for talkative in ("bitsandbytes", "huggingface_hub"):  # at import; on every try without network
     logging.getLogger(talkative).setLevel(logging.ERROR)
-from peft import (  # noqa: E402
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict  # noqa: E402
 
 # ==== Settings: edit these, or give them as flags (BATCH_SIZE is --batch-size) ====
 # files
@@ -134,6 +129,7 @@ HARMLESS = (  # for the result
     "check", "restart", "caption")
 METRICS = ("step", "epoch", "learning_rate", "train_loss", "held_out_loss", "grad_norm",
            "pairs_per_second", "seconds")
+LOCK = ".finetune.lock"  # in OUTPUT_DIR, while a run writes there
 IGNORE = -100  # the label of a position that is not learned
 
 
@@ -403,10 +399,11 @@ def picture_state(path: str) -> tuple[int, int]:
 
     (0, 0) for one that is not there or may not be read: it is tried again when that is mended.
     """
-    if not os.access(path, os.R_OK):
+    try:
+        status = os.stat(path)
+    except OSError:
         return 0, 0
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
+    return (status.st_size, status.st_mtime_ns) if os.access(path, os.R_OK) else (0, 0)
 
 
 def decode_batch(paths: list[str], processor: Blip2Processor | None) -> Decoded:
@@ -656,21 +653,27 @@ class FeatureStore:
 
     def read(self) -> None:
         """What all processes have written so far."""
+        row_bytes = math.prod(self.shape) * self.dtype.itemsize
         for index in sorted(self.folder.glob("*.jsonl")):
-            for line in index.read_text().splitlines(keepends=True):
-                if line.endswith("\n"):
+            data = index.with_suffix(".bin")
+            rows = data.stat().st_size // row_bytes if data.exists() else 0
+            for line in index.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError):  # torn by a kill or a power cut
                     picture, size, mtime_ns, entry = json.loads(line)
-                    self.known[picture] = size, mtime_ns, index.stem, entry
+                    if isinstance(entry, str) or entry < rows:
+                        self.known[picture] = size, mtime_ns, index.stem, entry
 
     def key(self, picture: str) -> str:
         """Relative to the folder above .features, which can be moved with all that is in it."""
         return os.path.relpath(picture, self.folder.parent.parent)
 
-    def reason(self, picture: str) -> str | None:
-        """Why the picture can't be used ("": it can). None: it is new, or has changed."""
-        size, mtime_ns, _, entry = self.known.get(self.key(picture), (None, None, "", ""))
-        if (size, mtime_ns) != picture_state(picture):
-            return None
+    def knows(self, picture: str) -> bool:
+        """Whether there is an entry for the picture in its present state."""
+        return self.known.get(self.key(picture), ())[:2] == picture_state(picture)
+
+    def reason(self, picture: str) -> str:
+        """Why the picture could not be used ("": it could)."""
+        entry = self.known[self.key(picture)][3]
         return entry if isinstance(entry, str) else ""
 
     def append(self, batches: Iterable[Decoded]) -> None:
@@ -732,7 +735,7 @@ def encode(base: Base, pixel_values: torch.Tensor) -> torch.Tensor:
 
 def encode_pictures(base: Base, store: FeatureStore, pictures: list[str], workers: int) -> None:
     """Decodes and encodes those pictures that the store does not know in their present state."""
-    new = [picture for picture in pictures if store.reason(picture) is None]
+    new = [picture for picture in pictures if not store.knows(picture)]
     print(f"pictures: {len(new)} to encode, {len(pictures) - len(new)} known from an earlier run")
     if own := share(new):
         batches = read_pictures(own, base.processor, workers, "encoding")
@@ -945,25 +948,27 @@ def lock_output(folder: Path) -> Iterator[None]:
     """Raises UserError where OUTPUT_DIR can't be written, or another run writes into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        lock = open(folder / LOCK, "w")
     except OSError as error:
         raise UserError(f"OUTPUT_DIR {str(folder)!r} can't be written: {error.strerror}. Name "
                         "another folder.") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(lock.fileno()).st_nlink:  # removed since it was opened: no lock
+                raise BlockingIOError
         except BlockingIOError as error:
             raise UserError(f"another run writes into OUTPUT_DIR {str(folder)!r} now. Name another "
                             "folder, or stop that one.") from error
         try:
             yield
         finally:
-            (folder / ".lock").unlink(missing_ok=True)
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def read_earlier_run(folder: Path) -> dict[str, Any]:
     """settings.json of the run in OUTPUT_DIR; {}: there is none. Raises UserError."""
-    names = {path.name for path in folder.iterdir()} - {".lock", "settings.json.part"}
+    names = {path.name for path in folder.iterdir()} - {LOCK, "settings.json.part"}
     if not names:
         return {}
     if "settings.json" not in names:
@@ -971,10 +976,19 @@ def read_earlier_run(folder: Path) -> dict[str, Any]:
                         "script, and stay as they are. Name another folder.")
     try:
         record = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        record["settings"].items()
         return {name: record[name] for name in ("settings", "data", "dtype", "finished")}
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'settings.json'} is damaged. Name another OUTPUT_DIR, or put "
                         "that one aside.") from error
+
+
+def read_skipped(folder: Path) -> list[Skipped]:
+    """skipped.csv, as far as it is there."""
+    if not (folder / "skipped.csv").is_file():
+        return []
+    with open(folder / "skipped.csv", newline="", errors="surrogateescape") as file:
+        return [Skipped(*row) for row in csv.reader(file) if len(row) == len(Skipped._fields)]
 
 
 def fingerprint(pairs: list[Pair], root: str) -> str:
@@ -1000,7 +1014,7 @@ def move_aside(folder: Path) -> None:
         number += 1
     folder.rename(name)
     folder.mkdir()
-    os.rename(f"{name}/.lock", folder / ".lock")
+    os.rename(f"{name}/{LOCK}", folder / LOCK)
     print(f"the earlier run is in {name} now")
 
 
@@ -1059,10 +1073,12 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
 
 def open_metrics(path: Path, step: int) -> TextIO:
     """metrics.csv, to append to, cut back to the rows until `step`."""
-    lines = [",".join(METRICS)]
-    if step and path.is_file():  # a row for each step, and one for 0
-        lines += path.read_text().splitlines()[1 : step + 2]
-    replace_file(path, "\n".join([*lines, ""]).encode())
+    rows = []
+    if step and path.is_file():
+        with open(path, newline="", errors="replace") as file:
+            rows = [row for row in csv.reader(file) if len(row) == len(METRICS)
+                    and row[0].isdigit() and int(row[0]) <= step]
+    replace_csv(path, [METRICS, *rows])
     return open(path, "a", newline="")
 
 
@@ -1642,7 +1658,7 @@ def find_earlier_run(
     output = Path(settings.OUTPUT_DIR)
     accelerator.wait_for_everyone()  # for the lock
     earlier = read_earlier_run(output)
-    seen = gather_object([(data, earlier, (output / ".lock").exists())])
+    seen = gather_object([(data, earlier, (output / LOCK).exists())])
     if seen != seen[:1] * len(seen):
         raise UserError("the processes don't see the same files. Put TRAIN_DIR and OUTPUT_DIR on a "
                         "file system that all machines share.")
@@ -1714,6 +1730,12 @@ def fine_tune(
         return 0
     if accelerator.num_processes > 1:
         print(f"processes: {accelerator.num_processes}, {settings.BATCH_SIZE} pairs a step in all")
+    if continuing:  # with the same pairs, even if what was not readable then is so now
+        left_out = {row.path: row for row in read_skipped(output) if row.kind == "picture"}
+        skipped += [left_out[pair.picture] for pair in pairs + validation
+                    if pair.picture in left_out]
+        pairs = [pair for pair in pairs if pair.picture not in left_out]
+        validation = [pair for pair in validation if pair.picture not in left_out]
     dtype = earlier["dtype"] if continuing else settings.DTYPE
     base = load_base(settings.MODEL_ID, settings.PROMPT, settings.DEVICE, dtype,
                      settings.LOAD_IN_4BIT)
@@ -1795,7 +1817,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has had enough: --check | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # a full disk, a folder that can't be renamed
+    except Exception as error:  # a full disk, a folder that can't be renamed
+        # What safetensors and tokenizers can't write is no OSError: "... (os error 28)".
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
         problem = f"{error}. Mend that and run the same command again."
     print(f"{who}error: {problem}", file=errors)
     return 1

@@ -148,7 +148,7 @@ def test_a_killed_pass_continues(opt_base, sample, tmp_path):
     base = finetune.load_base(opt_base, "", "cpu", "auto", True)
     pairs, _, _ = finetune.find_pairs(str(data))
     store = finetune.open_features(base, str(data), "")
-    new = [pair.picture for pair in pairs if store.reason(pair.picture) is None]
+    new = [pair.picture for pair in pairs if not store.knows(pair.picture)]
     assert len(new) == 208 - kept
     finetune.encode_pictures(base, store, [pair.picture for pair in pairs], 2)
     again = finetune.open_features(base, str(data), "")
