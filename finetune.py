@@ -737,6 +737,7 @@ def encode_pictures(base: Base, store: FeatureStore, pictures: list[str], worker
     """Decodes and encodes those pictures that the store does not know in their present state."""
     new = [picture for picture in pictures if not store.knows(picture)]
     print(f"pictures: {len(new)} to encode, {len(pictures) - len(new)} known from an earlier run")
+    PartialState().wait_for_everyone()  # what one has encoded would be missing in another's list
     if own := share(new):
         batches = read_pictures(own, base.processor, workers, "encoding")
         store.append((rows, None if p is None else encode(base, p)) for rows, p in batches)
@@ -1625,6 +1626,7 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
 
 def run(settings: argparse.Namespace) -> int:
     """What the settings and flags ask for, from the pairs to the summary. Returns the exit code."""
+    PartialState(cpu=settings.DEVICE == "cpu")  # who fails before this is waited for without end
     check_settings(settings)
     output = Path(settings.OUTPUT_DIR)
     if settings.caption:
@@ -1657,8 +1659,8 @@ def find_earlier_run(
     """
     output = Path(settings.OUTPUT_DIR)
     accelerator.wait_for_everyone()  # for the lock
-    earlier = read_earlier_run(output)
-    seen = gather_object([(data, earlier, (output / LOCK).exists())])
+    earlier = read_earlier_run(output) if (output / LOCK).exists() else None
+    seen = gather_object([(data, earlier)])
     if seen != seen[:1] * len(seen):
         raise UserError("the processes don't see the same files. Put TRAIN_DIR and OUTPUT_DIR on a "
                         "file system that all machines share.")
@@ -1767,7 +1769,7 @@ def fine_tune(
     parts = {"train": (dataset, train_losses), "held out": (held_out, held_out_losses)}
     worst = save_pairs(output, parts)[:3]
     code = attempt(draw_report, output, shown, results)
-    code |= attempt(log_report, output, accelerator, done.step)
+    code |= code or attempt(log_report, output, accelerator, done.step)
     code |= attempt(save_card, output, samples, record)
     save_settings(output, record)
     shutil.rmtree(output / "checkpoint")
@@ -1809,6 +1811,8 @@ def main(argv: list[str] | None = None) -> int:
         elif should_reduce_batch_size(error):
             problem = ("out of memory. Set LOAD_IN_4BIT, lower MAX_CAPTION_TOKENS, or free memory. "
                        f"({error})")
+        elif isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            problem = "another process has ended; what it said last is the reason."
         else:
             raise
     except KeyboardInterrupt as stop:
@@ -1822,6 +1826,8 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(error, OSError) and "(os error " not in str(error):
             raise
         problem = f"{error}. Mend that and run the same command again."
+    finally:
+        sys.stderr = errors  # of what is not expected, every process shows the traceback
     print(f"{who}error: {problem}", file=errors)
     return 1
 
