@@ -139,7 +139,8 @@ class UserError(Exception):
 
 def spread(items: Sequence, count: int) -> Sequence:
     """At most `count` of the items, evenly spread."""
-    return items[:: math.ceil(len(items) / count) or 1] if count else []
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def share(items: Sequence) -> Sequence:
@@ -1428,7 +1429,7 @@ def draw_report(folder: Path, samples: list[Sample], results: dict[str, Any]) ->
     """report.png: the losses in metrics.csv; pictures with reference, caption before and after."""
     from matplotlib.figure import Figure  # takes a second
 
-    samples = samples[:12]
+    samples = spread(samples, 12)
     families, missing = find_fonts("".join(text for sample in samples for text in sample[1:]))
     lines = math.ceil(len(samples) / 2)
     figure = Figure(figsize=(13, 4 + 1.8 * lines), layout="constrained")
