@@ -1443,9 +1443,13 @@ def draw_report(folder: Path, samples: list[Sample], results: dict[str, Any]) ->
                                            "label": "held out"})):
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
         losses.plot(*zip(*points, strict=True), **style)
+    losses.update_datalim([(0, 0)])
+    losses.autoscale_view()  # so that there is room above the highest
+    losses.locator_params("x", integer=True)
     losses.set(xlabel="step", ylabel="loss per token", ylim=(0, None))
     losses.set_title(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value
-                               in results.items() if name.startswith(("held_out_loss", "exact"))))
+                               in results.items() if name.startswith(("held_out_loss", "exact")))
+                     or "nothing held out")
     losses.legend(frameon=False)
     losses.spines[["top", "right"]].set_visible(False)
     for number, sample in enumerate(samples):
@@ -1461,7 +1465,7 @@ def draw_report(folder: Path, samples: list[Sample], results: dict[str, Any]) ->
                             (f"{'✓' if exact else '✗'} after: {sample.after}",
                              "tab:green" if exact else "tab:red")):
             wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-            wrapped = textwrap.wrap(text, 28 if wide else 56, max_lines=3, placeholder=" ...")
+            wrapped = textwrap.wrap(text, 24 if wide else 48, max_lines=3, placeholder=" ...")
             words.text(0, height, "\n".join(wrapped), color=color, family=families, va="top",
                        parse_math=False, transform=words.transAxes, in_layout=False)
             height -= 0.1 * len(wrapped) + 0.03
