@@ -1449,7 +1449,7 @@ def draw_report(folder: Path, samples: list[Sample], results: dict[str, Any]) ->
     losses.set(xlabel="step", ylabel="loss per token", ylim=(0, None))
     losses.set_title(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value
                                in results.items() if name.startswith(("held_out_loss", "exact")))
-                     or "nothing held out")
+                     or "nothing held out" * (not points))
     losses.legend(frameon=False)
     losses.spines[["top", "right"]].set_visible(False)
     for number, sample in enumerate(samples):
