@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import finetune
 
@@ -106,6 +108,8 @@ def fork(rank: int, count: int, port: int, settings: dict, folder: Path, patch=N
             several = local | {"RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in several.items()}
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else a warning of the fork
+        tqdm.set_lock(threading.RLock())  # not the one that a killed child may hold
         for state in (PartialState, AcceleratorState, GradientState):
             state._shared_state.clear()  # of tests before this one
         if patch:
