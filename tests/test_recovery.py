@@ -145,6 +145,7 @@ class Child:
                 sys.stderr = open(2, "w", buffering=1, closefd=False)
                 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else a warning of the fork
                 tqdm.set_lock(threading.RLock())  # not the one that other children may hold
+                torch.set_num_threads(1)  # a pool of threads does not survive the fork
                 os.chdir(folder)
                 if prepare:
                     prepare()
@@ -179,7 +180,7 @@ def flags(settings: dict) -> list[str]:
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below, with its bytes, but for the empty lock of a killed run."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and (path.name != ".finetune.lock" or path.stat().st_size)}  # fmt: skip
+            if path.is_file() and path.name != ".finetune.lock"}  # fmt: skip
 
 
 def losses(folder: Path) -> list[tuple[str, ...]]:
