@@ -6,8 +6,8 @@ What goes in: pictures and their captions.
     train/Image/<name>/...        its pictures, in any depth; each makes one pair with that caption
     train/Image/<name>.<ending>   or one picture beside the folders
 
-What comes out: blip2_lora_finetuned/ with the adapter, the processor, settings.json, metrics.csv,
-skipped.csv.
+What comes out: blip2_lora_finetuned/ with the adapter, the processor, a model card (README.md),
+report.png, pairs.csv, metrics.csv, skipped.csv, settings.json.
 
     python finetune.py                       train with the settings below, which are also flags;
                                              again after any interruption: it continues
@@ -42,11 +42,13 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 import transformers
@@ -69,7 +71,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 # files
 TRAIN_DIR = "train"  # folder with caption/ and Image/
 VALIDATION_DIR = ""  # held-out pairs in the same layout; "": hold out a part of TRAIN_DIR
-OUTPUT_DIR = "blip2_lora_finetuned"  # what the run writes; an earlier run there is moved aside
+OUTPUT_DIR = "blip2_lora_finetuned"  # what the run writes; a finished run there is moved aside
 # model
 MODEL_ID = "Salesforce/blip2-opt-2.7b"  # Hub id or folder of a BLIP-2 with OPT or Flan-T5
 DEVICE = "auto"  # auto, cuda, cuda:1, cpu
@@ -94,7 +96,7 @@ SEED = 42  # of what is held out, the order of the pairs, the adapter's first we
 NUM_WORKERS = 4  # processes that read pictures, at most one for each core; 0: no extra one
 # watching
 VALIDATION_FRACTION = 0.1  # share of the pairs held out to measure on; 0: train on all
-SAMPLE_COUNT = 6  # held-out captions printed, before and after; 0: none
+SAMPLE_COUNT = 6  # held-out captions printed, and drawn (12 at most); 0: none
 CHECKPOINT_MINUTES = 10.0  # between checkpoints, beside those at epochs' ends; 0: only those
 LOG_WITH = ""  # a tracker that accelerate knows: tensorboard, wandb, mlflow, ...; "": none
 # ==== End of settings ====
@@ -125,10 +127,12 @@ CPU_PARAMETERS = 500_000_000  # a larger model runs on the CPU only when told to
 TINY_PARAMETERS = 20_000_000  # below, one CPU thread: several wait for each other, not for work
 FEW_STEPS = 100  # with fewer optimizer steps hardly anything is learned
 HARMLESS = (  # for the result
-    "DEVICE", "NUM_WORKERS", "CHECKPOINT_MINUTES", "SAMPLE_COUNT", "LOG_WITH",
+    "OUTPUT_DIR", "DEVICE", "NUM_WORKERS", "CHECKPOINT_MINUTES", "SAMPLE_COUNT", "LOG_WITH",
     "check", "restart", "caption")
 METRICS = ("step", "epoch", "learning_rate", "train_loss", "held_out_loss", "grad_norm",
            "pairs_per_second", "seconds")
+NOT_SHARED = ("the processes don't see the same files. Put TRAIN_DIR and OUTPUT_DIR on a file "
+              "system that all machines share.")
 LOCK = ".finetune.lock"  # in OUTPUT_DIR, while a run writes there
 IGNORE = -100  # the label of a position that is not learned
 
@@ -204,6 +208,9 @@ def check_settings(settings: argparse.Namespace) -> None:
         problems = [f"{name} is {getattr(settings, name)!r}; it must be {need}."
                     for name, need in sorted(needs.items())]
         raise UserError("\n  ".join(["some settings can't be used:", *problems]))
+    for name in ("TRAIN_DIR", "VALIDATION_DIR", "OUTPUT_DIR"):  # out/ is out
+        if value := getattr(settings, name):
+            setattr(settings, name, os.path.normpath(value))
     settings.PROMPT = " ".join(settings.PROMPT.split())  # a space at its end breaks the next token
 
 
@@ -538,12 +545,15 @@ def count_bytes(
     skeleton: Blip2ForConditionalGeneration, dtype: torch.dtype, in_4bit: bool
 ) -> float:
     """The memory that the weights of a model take when loaded."""
-    is_small = {  # T5's wo overflows in float16, and transformers keeps it out of 4 bits
+    quantized = {  # T5's wo overflows in float16, and transformers keeps it out of 4 bits
         id(module.weight) for name, module in skeleton.language_model.named_modules()
         if isinstance(module, torch.nn.Linear) and not name.endswith(("lm_head", ".wo"))}
     # With double quantization: 64 weights share 1 byte, 256 such blocks 4 more.
-    return sum(weight.numel() * (0.5 + 1 / 64 + 4 / 64 / 256 if in_4bit and id(weight) in is_small
-                                 else dtype.itemsize) for weight in skeleton.parameters())
+    small = 0.5 + 1 / 64 + 4 / 64 / 256 if in_4bit else dtype.itemsize
+    kept = ("qformer.", "query_tokens") if dtype == torch.float16 else ()  # transformers: float32
+    return sum(weight.numel() * (small if id(weight) in quantized else
+                                 4 if name.startswith(kept) else dtype.itemsize)
+               for name, weight in skeleton.named_parameters())
 
 
 def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool) -> Base:
@@ -559,7 +569,7 @@ def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool
     place, kind, reason = choose_device(device, dtype, is_t5, size)
     print(f"device: {place}, {str(kind).removeprefix('torch.')} ({reason})")
     free = (torch.cuda.mem_get_info(place)[0] if place.type == "cuda"
-            else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+            else psutil.virtual_memory().available)
     needed = count_bytes(skeleton, kind, in_4bit)
     print(f"memory: {needed / 1e9:.3g} GB for the weights, {free / 1e9:.3g} GB free")
     if needed > free:
@@ -744,6 +754,8 @@ def encode_pictures(base: Base, store: FeatureStore, pictures: list[str], worker
         store.append((rows, None if p is None else encode(base, p)) for rows, p in batches)
     PartialState().wait_for_everyone()
     store.read()
+    if any(store.key(picture) not in store.known for picture in pictures):
+        raise UserError(NOT_SHARED)
 
 
 # ---- Dataset ------------------------------------------------------------------------------------
@@ -986,7 +998,7 @@ def read_earlier_run(folder: Path) -> dict[str, Any]:
 
 
 def read_skipped(folder: Path) -> list[Skipped]:
-    """skipped.csv, as far as it is there."""
+    """skipped.csv with its header; empty where it is not there."""
     if not (folder / "skipped.csv").is_file():
         return []
     with open(folder / "skipped.csv", newline="", errors="surrogateescape") as file:
@@ -1125,37 +1137,27 @@ def learning_rate(step: int, steps: int, highest: float, warmup_fraction: float)
 
 
 @contextlib.contextmanager
-def handled_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Within, SIGINT (Ctrl-C) and SIGTERM are the handler's."""
-    numbers = signal.SIGINT, signal.SIGTERM
-    before = [signal.signal(number, handler) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, earlier in zip(numbers, before, strict=True):
-            signal.signal(number, earlier)
+def caught_signals(patient: bool) -> Iterator[list[int]]:
+    """Within, Ctrl-C and SIGTERM raise KeyboardInterrupt with the number, for the exit code.
 
+    If `patient`, the first one is only noted, in the list, and raised at the end.
+    """
+    noted: list[int] = []
 
-def stop_at_once(number: int, _: Any) -> None:
-    """A signal handler: the signal's number goes into the exit code."""
-    raise KeyboardInterrupt(number)
-
-
-@contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Within, the first signal is only noted, in the list; the second one stops at once."""
-    signals: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if signals:
-            stop_at_once(number, frame)
-        signals.append(number)
+    def handle(number: int, _: Any) -> None:
+        if noted or not patient:
+            raise KeyboardInterrupt(number)
+        noted.append(number)
         os.write(2, b"\nstopping after this step; once more stops at once\n")
 
-    with handled_signals(note):
-        yield signals
-    if signals:  # in the last step
-        stop_at_once(signals[0], None)
+    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+    if noted:  # in the last step
+        raise KeyboardInterrupt(noted[0])
 
 
 def rows_of_step(
@@ -1240,16 +1242,16 @@ def train(
     metrics = open_metrics(folder / "metrics.csv", now.step) if is_main else io.StringIO()
 
     def log(*values: Any) -> None:
-        csv.writer(metrics).writerow(values)
-        row = {name: value for name, value in zip(METRICS, values, strict=True) if value != ""}
+        csv.writer(metrics).writerow("" if value != value else value for value in values)  # NaN
+        row = {name: value for name, value in zip(METRICS, values, strict=True) if value == value}
         accelerator.log(row, step=values[0])
 
-    with noted_signals() as signals, metrics:
+    with caught_signals(patient=True) as signals, metrics:
         if now.step:
             print(f"continuing after step {now.step}")
         else:
             now.before = held_out_loss(model, held_out)
-            log(0, 0, "", "", now.before if held_out.pairs else "", "", "", 0)
+            log(0, 0, math.nan, math.nan, now.before, math.nan, math.nan, 0)
         print(f"held-out loss before: {now.before:.4f}" if held_out.pairs else "nothing held out")
         pause, drawn = 60 * settings.CHECKPOINT_MINUTES or math.inf, time.monotonic()
         due = drawn + pause
@@ -1269,8 +1271,8 @@ def train(
                 flat.zero_()
                 flags.copy_(torch.tensor([0, 0, len(signals), *wanted]), non_blocking=True)
                 try:
-                    noise = (settings.SEED * 1_000_003 + step) * accelerator.num_processes
-                    torch.manual_seed(noise + accelerator.process_index)
+                    seed = (settings.SEED * 1_000_003 + step) * accelerator.num_processes
+                    torch.manual_seed(seed + accelerator.process_index)  # of the dropout
                     for start in range(0, len(own), now.micro_batch):
                         some = pair_losses(model, own[start : start + now.micro_batch], base)
                         scaler.scale(some.sum() / tokens).backward()
@@ -1282,10 +1284,14 @@ def train(
                 some = None  # it and the traceback, which is gone by now, held all activations
                 flags[0] = torch.cat(losses).sum()
                 flat.copy_(reduce(flat, "sum"))
-                norm = gradient.norm() / scaler.scale(torch.ones_like(flags[0]))
+                scale = scaler.scale(torch.ones_like(flags[:1]))
+                norm = gradient.norm() / scale
                 following = rows_of_step(dataset, step + 1, settings.BATCH_SIZE, settings.SEED)
-                # The one synchronization of a step; the rows of the next one are read by now.
-                total, short, stop, save, draw, norm = torch.cat([flags, norm[None]]).tolist()
+                for row in share(following):  # from the disk, while the GPU works
+                    row["features"] = row["features"].clone()
+                # The one synchronization of a step.
+                total, short, stop, save, draw, norm, scale = torch.cat(
+                    [flags, norm, scale]).tolist()
                 if not short:
                     break
                 most = min(now.micro_batch, math.ceil(len(rows) / accelerator.num_processes))
@@ -1299,8 +1305,8 @@ def train(
             for dropout in dropouts:
                 dropout.eval()
             loss = total / tokens
-            # GradScaler leaves out steps whose gradient isn't finite, and scales less from then on.
-            if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
+            # GradScaler leaves out a step whose gradient isn't finite, and scales less next time.
+            if not math.isfinite(loss) or (scale <= 1 and not math.isfinite(norm)):
                 pictures = ", ".join(dataset.pairs[row["index"]].picture for row in rows[:NAMED])
                 raise UserError(
                     f"at step {step + 1} the loss is {loss} and the norm of its gradient {norm}, "
@@ -1314,7 +1320,7 @@ def train(
             indices = torch.tensor([row["index"] for row in own], dtype=torch.long)
             indices = indices.to(base.device, non_blocking=True)
             pair_sums.index_add_(0, indices, torch.cat(losses))
-            seconds, after = time.perf_counter() - started, ""
+            seconds, after = time.perf_counter() - started, math.nan
             now.step, now.loss, now.tokens = step + 1, now.loss + total, now.tokens + tokens
             now.pairs, now.seconds = now.pairs + len(rows), now.seconds + seconds
             bar.set_postfix_str(f"loss {loss:.3f}, {now.pairs / now.seconds:.1f} pairs/s", False)
@@ -1330,7 +1336,6 @@ def train(
                 tqdm.write(f"epoch {epoch + 1}/{settings.EPOCHS}: loss {now.loss / now.tokens:.4f},"
                            f" {measured}{now.pairs / now.seconds:.1f} pairs/s")
                 now.loss, now.tokens = 0.0, 0
-                after = after if held_out.pairs else ""
             log(step + 1, epoch + 1, rate, loss, after, norm, len(rows) / seconds, now.seconds)
             if ended or stop or save:
                 metrics.flush()
@@ -1379,12 +1384,12 @@ def list_samples(
 
 
 def attempt(make: Callable, *arguments: Any) -> int:
-    """Calls what must never cost the adapter. Returns the exit code; OSError is passed on."""
+    """Calls what must never cost the adapter. Returns the exit code."""
     try:
         make(*arguments)
-    except OSError:  # a full disk: the run is not finished, and continues when there is room
-        raise
     except Exception as error:
+        if getattr(error, "errno", None):  # a full disk: the run continues when there is room
+            raise
         what = make.__name__.replace("_", " ")
         print(f"error: could not {what}: {error!r}. The adapter is saved.", file=sys.stderr)
         return 1
@@ -1399,7 +1404,7 @@ def find_fonts(text: str) -> tuple[list[str], str]:
     missing = {letter for letter in text if unicodedata.category(letter)[0] not in "CZM"}
     fonts = [font for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name]
     for entry in sorted(fonts, key=lambda font: font.name != families[0]):
-        with contextlib.suppress(RuntimeError):  # a font of bitmaps
+        with contextlib.suppress(RuntimeError, OSError):  # of bitmaps, or gone since listed
             font = ft2font.FT2Font(entry.fname)
             found = {letter for letter in missing if font.get_char_index(ord(letter))}
             families += [entry.name] * bool(found)
@@ -1438,7 +1443,8 @@ def draw_report(folder: Path, samples: list[Sample], results: dict[str, Any]) ->
     losses = figure.add_subplot(grid[0, :])
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    for name, style in (("train_loss", {"lw": 1, "color": "tab:blue", "label": "training"}),
+    for name, style in (("train_loss", {"lw": 1, "marker": ".", "ms": 3, "color": "tab:blue",
+                                        "label": "training"}),
                         ("held_out_loss", {"marker": "o", "color": "tab:orange",
                                            "label": "held out"})):
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
@@ -1518,8 +1524,6 @@ A LoRA adapter for `{base}`, whose language model was loaded in {loaded}.
 |---|---|
 {figures}
 
-| caption | before | after |
-|---|---|---|
 {samples}
 
 ![Losses, and held-out pictures](report.png)
@@ -1530,16 +1534,13 @@ A LoRA adapter for `{base}`, whose language model was loaded in {loaded}.
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import BitsAndBytesConfig, Blip2ForConditionalGeneration, Blip2Processor
+from transformers import {config}Blip2ForConditionalGeneration, Blip2Processor
 
 folder = {folder!r}  # where this is, or its name on the Hub
 dtype = torch.{dtype}
-nf4 = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules={unquantized})
-processor = Blip2Processor.from_pretrained(folder)
+{nf4}processor = Blip2Processor.from_pretrained(folder)
 base = Blip2ForConditionalGeneration.from_pretrained(
-    {base!r}, dtype=dtype, quantization_config={quantization}, device_map="auto")
+    {base!r}, dtype=dtype, {quantization}device_map="auto")
 model = PeftModel.from_pretrained(base, folder).eval()
 
 picture = Image.open("picture.jpg").convert("RGB")
@@ -1558,6 +1559,12 @@ The licence of the base model holds for what is made from it.{licence}
 """
 
 
+CARD_NF4 = f"""nf4 = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules={UNQUANTIZED})
+"""
+
+
 def save_card(folder: Path, samples: list[Sample], record: dict[str, Any]) -> None:
     """README.md: a model card for the Hub, with what is in settings.json, and a few samples."""
     settings, is_t5 = record["settings"], record["language_model"] == "t5"
@@ -1569,13 +1576,15 @@ def save_card(folder: Path, samples: list[Sample], record: dict[str, Any]) -> No
         metrics=["loss", "exact_match"])
     figures = (f"| {name.replace('_', ' ')} | {value} |" for name, value
                in record["results"].items())
+    header = ["| caption | before | after |", "|---|---|---|"] * bool(samples)
     shown = (" | ".join(printable(text).replace("|", "/") for text in sample[1:])
              for sample in spread(samples, 6))
     card = CARD.format(
         metadata=metadata.to_yaml(), name=folder.resolve().name, base=base, dtype=dtype,
-        figures="\n".join(figures), samples="\n".join(f"| {row} |" for row in shown),
+        figures="\n".join(figures), samples="\n".join([*header, *(f"| {row} |" for row in shown)]),
         loaded="4 bits" if in_4bit else dtype, folder=str(folder),
-        unquantized=UNQUANTIZED, quantization="nf4" if in_4bit else None,
+        nf4=CARD_NF4 * in_4bit, config="BitsAndBytesConfig, " * in_4bit,
+        quantization="quantization_config=nf4, " * in_4bit,
         prompt=settings["PROMPT"], tokens=settings["MAX_CAPTION_TOKENS"] + 1,
         cut="" if is_t5 else '[:, inputs["input_ids"].shape[1] :]',
         licence="" if is_t5 else " OPT's weights are for research only.",
@@ -1604,6 +1613,7 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
     try:
         record = json.loads((output / "settings.json").read_text(encoding="utf-8"))
         trained, dtype = argparse.Namespace(**record["settings"]), record["dtype"]
+        dtype = "auto" if dtype == "float16" else dtype  # which not every device has
         with contextlib.redirect_stdout(sys.stderr):
             base = load_base(trained.MODEL_ID, trained.PROMPT, device, dtype, trained.LOAD_IN_4BIT)
         load_file(output / "adapter_model.safetensors")  # else peft would look for it on the Hub
@@ -1631,7 +1641,8 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
 
 def run(settings: argparse.Namespace) -> int:
     """What the settings and flags ask for, from the pairs to the summary. Returns the exit code."""
-    PartialState(cpu=settings.DEVICE == "cpu")  # who fails before this is waited for without end
+    # Who fails before this is waited for without end; a download or an encoding pass may be slow.
+    PartialState(cpu=settings.DEVICE == "cpu", timeout=timedelta(days=1))
     check_settings(settings)
     output = Path(settings.OUTPUT_DIR)
     if settings.caption:
@@ -1667,8 +1678,7 @@ def find_earlier_run(
     earlier = read_earlier_run(output) if (output / LOCK).exists() else None
     seen = gather_object([(data, earlier)])
     if seen != seen[:1] * len(seen):
-        raise UserError("the processes don't see the same files. Put TRAIN_DIR and OUTPUT_DIR on a "
-                        "file system that all machines share.")
+        raise UserError(NOT_SHARED)
     changed = list_differences(earlier, vars(settings), data) if earlier else []
     if changed and not earlier["finished"] and not settings.restart:
         raise UserError("\n  ".join([
@@ -1690,15 +1700,17 @@ def build_datasets(
     Adds what can't be read to `skipped`. Raises UserError where nothing is left.
     """
     store = open_features(base, settings.TRAIN_DIR, f"{settings.OUTPUT_DIR}.features")
-    pictures = [pair.picture for pair in pairs + validation]
+    left_out = {row.path for row in skipped}
+    pictures = [p.picture for p in pairs + validation if p.picture not in left_out]
     encode_pictures(base, store, pictures, settings.NUM_WORKERS)
     for part in (base.model.vision_model, base.model.qformer):
         part.to("meta")  # its work is done, and its memory is for training
     broken = {picture: reason for picture in pictures if (reason := store.reason(picture))}
     skipped += [Skipped("picture", *item) for item in broken.items()]
     print_skipped(skipped)
-    pairs = [pair for pair in pairs if pair.picture not in broken]
-    validation = [pair for pair in validation if pair.picture not in broken]
+    left_out |= broken.keys()
+    pairs, validation = ([pair for pair in some if pair.picture not in left_out]
+                         for some in (pairs, validation))
     if not pairs or (settings.VALIDATION_DIR and not validation):
         folder = settings.VALIDATION_DIR if pairs else settings.TRAIN_DIR
         raise UserError(f"not one picture in {folder!r} can be read. Replace them; --check says "
@@ -1737,16 +1749,17 @@ def fine_tune(
         return 0
     if accelerator.num_processes > 1:
         print(f"processes: {accelerator.num_processes}, {settings.BATCH_SIZE} pairs a step in all")
-    if continuing:  # with the same pairs, even if what was not readable then is so now
-        left_out = {row.path: row for row in read_skipped(output) if row.kind == "picture"}
-        skipped += [left_out[pair.picture] for pair in pairs + validation
-                    if pair.picture in left_out]
-        pairs = [pair for pair in pairs if pair.picture not in left_out]
-        validation = [pair for pair in validation if pair.picture not in left_out]
+    earlier_skipped = read_skipped(output) if continuing else []
+    found = {pair.picture for pair in pairs + validation}
+    skipped += [row for row in earlier_skipped if row.path in found]  # even if it is readable now
+    count = len(skipped)
     dtype = earlier["dtype"] if continuing else settings.DTYPE
     base = load_base(settings.MODEL_ID, settings.PROMPT, settings.DEVICE, dtype,
                      settings.LOAD_IN_4BIT)
     dataset, held_out = build_datasets(settings, base, pairs, validation, skipped)
+    if earlier_skipped and len(skipped) > count:
+        raise UserError(f"{printable(skipped[-1].path)} could be read when this run began, and now "
+                        f"it {skipped[-1].reason}. Put it back, or give --restart.")
     torch.manual_seed(settings.SEED)  # of the adapter's first weights
     model = add_lora(base.model, settings.LORA_TARGETS, settings.LORA_RANK, settings.LORA_ALPHA,
                      settings.LORA_DROPOUT)
@@ -1805,7 +1818,7 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):  # in a notebook
             stream.reconfigure(errors="backslashreplace")  # file names may be no valid Unicode
     try:
-        with handled_signals(stop_at_once):
+        with caught_signals(patient=False):
             return run(settings)
     except UserError as error:
         problem = str(error)
@@ -1817,7 +1830,7 @@ def main(argv: list[str] | None = None) -> int:
             problem = ("out of memory. Set LOAD_IN_4BIT, lower MAX_CAPTION_TOKENS, or free memory. "
                        f"({error})")
         elif isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            problem = "another process has ended; what it said last is the reason."
+            problem = f"another process has ended, or can't be reached; see what it says. ({error})"
         else:
             raise
     except KeyboardInterrupt as stop:
