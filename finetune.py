@@ -556,6 +556,21 @@ def count_bytes(
                for name, weight in skeleton.named_parameters())
 
 
+def tell_memory(
+    skeleton: Blip2ForConditionalGeneration, device: torch.device, dtype: torch.dtype, in_4bit: bool
+) -> None:
+    """Prints what is needed and what is free, and what to do about it."""
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    needed = count_bytes(skeleton, dtype, in_4bit)
+    print(f"memory: {needed / 1e9:.3g} GB for the weights, {free / 1e9:.3g} GB free")
+    if needed > free:
+        print("  that is too little" + ": set LOAD_IN_4BIT" * (not in_4bit))
+    elif in_4bit and on_gpu and free > 2 * count_bytes(skeleton, dtype, False):
+        print("  there is room for the model without 4 bits, which is faster: set LOAD_IN_4BIT to "
+              "False")
+
+
 def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool) -> Base:
     """The frozen model in eval mode on its device, with its processor. Raises UserError.
 
@@ -568,14 +583,7 @@ def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool
     is_t5, size = config.text_config.model_type == "t5", skeleton.num_parameters()
     place, kind, reason = choose_device(device, dtype, is_t5, size)
     print(f"device: {place}, {str(kind).removeprefix('torch.')} ({reason})")
-    free = (torch.cuda.mem_get_info(place)[0] if place.type == "cuda"
-            else psutil.virtual_memory().available)
-    needed = count_bytes(skeleton, kind, in_4bit)
-    print(f"memory: {needed / 1e9:.3g} GB for the weights, {free / 1e9:.3g} GB free")
-    if needed > free:
-        print("  that is too little" + ": set LOAD_IN_4BIT" * (not in_4bit))
-    elif in_4bit and place.type == "cuda" and free > 2 * count_bytes(skeleton, kind, False):
-        print("  there is room for 16 bits, which are faster: set LOAD_IN_4BIT to False")
+    tell_memory(skeleton, place, kind, in_4bit)
     nf4 = transformers.BitsAndBytesConfig(  # its own defaults are fp4, and arithmetic in fp32
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=kind, llm_int8_skip_modules=UNQUANTIZED)

@@ -496,9 +496,14 @@ def bytes_loaded(model: torch.nn.Module) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("in_4bit", [True, False], ids=["4bit", "whole"])
-def test_memory_is_told_within_3_percent(in_4bit, dtype, wide_base, capsys):
+def test_memory_is_told_within_3_percent(in_4bit, dtype, wide_base, capsys, monkeypatch):
+    if dtype == "float16":  # as on an older GPU
+        if finetune.load_config(wide_base).text_config.model_type == "t5":
+            pytest.skip("T5 is not loaded in float16")
+        choice = torch.device("cpu"), torch.float16, "to try it"
+        monkeypatch.setattr(finetune, "choose_device", lambda *arguments: choice)
     base = finetune.load_base(wide_base, "", "cpu", dtype, in_4bit)
     with torch.device("meta"):
         skeleton = Blip2ForConditionalGeneration(finetune.load_config(wide_base))

@@ -455,6 +455,39 @@ def test_an_earlier_run_is_moved_aside_and_one_that_was_stopped_can_caption(
         assert code == 0 and output.count("\t") == 12, error
 
 
+def test_a_slash_at_the_end_names_the_same_folder(opt_base, small_data, command, tmp_path):
+    flags = {"MODEL_ID": opt_base, "EPOCHS": 1}
+    assert command(TRAIN_DIR=small_data, OUTPUT_DIR=tmp_path / "out", **flags)[0] == 0
+    _, output, _ = command(TRAIN_DIR=f"{small_data}/", OUTPUT_DIR=f"{tmp_path}/out/", **flags)
+    assert "this run is finished" in output and not list(tmp_path.glob("out-*"))
+
+
+def test_an_unfinished_run_does_not_go_on_with_other_pictures(
+    opt_base, small_data, command, monkeypatch, tmp_path
+):
+    """One of them is overwritten by as many bytes that are no picture."""
+    flags = {"TRAIN_DIR": small_data, "MODEL_ID": opt_base, "EPOCHS": 2}
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "save_checkpoint", raiser(KeyboardInterrupt))
+        assert command(**flags)[0] == 130
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    picture = next(small_data.glob("Image/*/*.png"))
+    content = picture.read_bytes()
+    picture.write_bytes(bytes(len(content)))
+    code, _, error = command(**flags)
+    assert code == 1 and f"{picture} could be read when this run began" in error
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+    picture.write_bytes(content)
+    assert command(**flags)[0] == 0
+
+
+def raiser(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
 def test_float16_trains_on_finite_features_in_their_own_dtype(
     opt_base, small_data, command, monkeypatch
 ):
