@@ -228,6 +228,12 @@ class Skipped(NamedTuple):
     reason: str
 
 
+class Data(NamedTuple):
+    pairs: list[Pair]  # of TRAIN_DIR
+    validation: list[Pair]  # of VALIDATION_DIR
+    skipped: list[Skipped]  # of both
+
+
 def read_caption(path: str) -> tuple[str, str]:
     """The caption in a file, white space collapsed, and a remark on its encoding ("": none).
 
@@ -330,6 +336,18 @@ def find_pairs(
         raise UserError(f"no picture in {image_dir} has a caption in {caption_dir}. Name a folder "
                         "of pictures as its caption: Image/rose/ for caption/rose.txt.")
     return sorted(pairs), sorted(skipped), remarks
+
+
+def find_data(settings: argparse.Namespace) -> Data:
+    """The pairs in TRAIN_DIR and VALIDATION_DIR. Raises UserError as find_pairs."""
+    named = sys.maxsize if settings.check else NAMED
+    pairs, skipped, remarks = find_pairs(settings.TRAIN_DIR, named)
+    validation, *more = [], [], []
+    if settings.VALIDATION_DIR:
+        validation, *more = find_pairs(settings.VALIDATION_DIR, named)
+    for remark in (remarks + more[1])[:named]:
+        print(printable(remark))
+    return Data(pairs, validation, skipped + more[0])
 
 
 def print_skipped(skipped: list[Skipped], named: int = NAMED) -> None:
@@ -1013,18 +1031,20 @@ def read_skipped(folder: Path) -> list[Skipped]:
         return [Skipped(*row) for row in csv.reader(file) if len(row) == len(Skipped._fields)]
 
 
-def fingerprint(pairs: list[Pair], root: str) -> str:
-    """Of the pictures' paths below `root`, their sizes, and the captions."""
+def fingerprint(data: Data, settings: argparse.Namespace) -> str:
+    """Of the pictures' relative paths, their sizes, and the captions."""
     digest = hashlib.sha256()
-    for path, caption in pairs:
-        line = json.dumps([os.path.relpath(path, root), picture_state(path)[0], caption])
-        digest.update(line.encode())
-    return f"{len(pairs)} pairs, {digest.hexdigest()[:16]}"
+    for pairs, root in zip(data, (settings.TRAIN_DIR, settings.VALIDATION_DIR), strict=False):
+        for path, caption in pairs:
+            line = json.dumps([os.path.relpath(path, root), picture_state(path)[0], caption])
+            digest.update(line.encode())
+        digest.update(b"\n")
+    return f"{len(data.pairs) + len(data.validation)} pairs, {digest.hexdigest()[:16]}"
 
 
-def list_differences(earlier: dict[str, Any], settings: dict[str, Any], data: str) -> list[str]:
+def list_differences(earlier: dict[str, Any], settings: dict[str, Any], trace: str) -> list[str]:
     """What makes this run another one than the earlier: settings, pictures, captions."""
-    old, new = earlier["settings"] | {"data": earlier["data"]}, settings | {"data": data}
+    old, new = earlier["settings"] | {"data": earlier["data"]}, settings | {"data": trace}
     return [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in sorted(new)
             if name not in HARMLESS and old.get(name) != new[name]]
 
@@ -1040,13 +1060,13 @@ def move_aside(folder: Path) -> None:
     print(f"the earlier run is in {name} now")
 
 
-def describe_run(settings: argparse.Namespace, data: str, base: Base) -> dict[str, Any]:
+def describe_run(settings: argparse.Namespace, trace: str, base: Base) -> dict[str, Any]:
     """settings.json: what --caption needs to load the adapter, and a person to repeat the run."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "pillow")
     return {
         "finished": False,
         "settings": {name: value for name, value in vars(settings).items() if name.isupper()},
-        "data": data,
+        "data": trace,
         "device": str(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
         "processes": PartialState().num_processes,
@@ -1656,26 +1676,21 @@ def run(settings: argparse.Namespace) -> int:
     if settings.caption:
         return caption_pictures(settings.caption, output, settings.DEVICE, settings.NUM_WORKERS)
 
-    named = sys.maxsize if settings.check else NAMED
-    pairs, skipped, remarks = find_pairs(settings.TRAIN_DIR, named)
-    more = find_pairs(settings.VALIDATION_DIR, named) if settings.VALIDATION_DIR else ([], [], [])
-    validation, skipped, remarks = more[0], skipped + more[1], remarks + more[2]
-    for remark in remarks[:named]:
-        print(printable(remark))
+    data = find_data(settings)
     if settings.check:
-        return check_pictures(pairs + validation, skipped, settings.NUM_WORKERS)
+        return check_pictures(data.pairs + data.validation, data.skipped, settings.NUM_WORKERS)
 
     accelerator = Accelerator(cpu=settings.DEVICE == "cpu", log_with=settings.LOG_WITH or None,
                               project_dir=settings.OUTPUT_DIR)
     try:
         with lock_output(output) if accelerator.is_main_process else contextlib.nullcontext():
-            return fine_tune(settings, accelerator, pairs, validation, skipped)
+            return fine_tune(settings, accelerator, data)
     finally:
         accelerator.end_training()
 
 
 def find_earlier_run(
-    settings: argparse.Namespace, accelerator: Accelerator, data: str
+    settings: argparse.Namespace, accelerator: Accelerator, trace: str
 ) -> tuple[dict[str, Any], bool]:
     """The run that is in OUTPUT_DIR, {} for none, and whether this one continues it.
 
@@ -1684,10 +1699,10 @@ def find_earlier_run(
     output = Path(settings.OUTPUT_DIR)
     accelerator.wait_for_everyone()  # for the lock
     earlier = read_earlier_run(output) if (output / LOCK).exists() else None
-    seen = gather_object([(data, earlier)])
+    seen = gather_object([(trace, earlier)])
     if seen != seen[:1] * len(seen):
         raise UserError(NOT_SHARED)
-    changed = list_differences(earlier, vars(settings), data) if earlier else []
+    changed = list_differences(earlier, vars(settings), trace) if earlier else []
     if changed and not earlier["finished"] and not settings.restart:
         raise UserError("\n  ".join([
             f"OUTPUT_DIR {str(output)!r} holds an unfinished run, and:", *changed,
@@ -1697,16 +1712,13 @@ def find_earlier_run(
 
 
 def build_datasets(
-    settings: argparse.Namespace,
-    base: Base,
-    pairs: list[Pair],
-    validation: list[Pair],
-    skipped: list[Skipped],
+    settings: argparse.Namespace, base: Base, data: Data
 ) -> tuple[ImageCaptioningDataset, ImageCaptioningDataset]:
     """Encodes the pictures. Returns what to train on, and what is held out.
 
-    Adds what can't be read to `skipped`. Raises UserError where nothing is left.
+    Adds what can't be read to `data.skipped`. Raises UserError where nothing is left.
     """
+    pairs, validation, skipped = data
     store = open_features(base, settings.TRAIN_DIR, f"{settings.OUTPUT_DIR}.features")
     left_out = {row.path for row in skipped}
     pictures = [p.picture for p in pairs + validation if p.picture not in left_out]
@@ -1737,19 +1749,11 @@ def build_datasets(
     return dataset, ImageCaptioningDataset(validation, store, tokenized, base)
 
 
-def fine_tune(
-    settings: argparse.Namespace,
-    accelerator: Accelerator,
-    pairs: list[Pair],
-    validation: list[Pair],
-    skipped: list[Skipped],
-) -> int:
+def fine_tune(settings: argparse.Namespace, accelerator: Accelerator, data: Data) -> int:
     """All of a run that writes, under the lock of OUTPUT_DIR. Returns the exit code."""
-    output = Path(settings.OUTPUT_DIR)
-    data = fingerprint(pairs, settings.TRAIN_DIR)
-    if validation:
-        data += f"; {fingerprint(validation, settings.VALIDATION_DIR)}"
-    earlier, continuing = find_earlier_run(settings, accelerator, data)
+    output, skipped = Path(settings.OUTPUT_DIR), data.skipped
+    trace = fingerprint(data, settings)
+    earlier, continuing = find_earlier_run(settings, accelerator, trace)
     if continuing and earlier["finished"]:
         shutil.rmtree(output / "checkpoint", ignore_errors=True)  # killed just before this
         print(f"this run is finished: its adapter is in {output}. To train anew, change a setting "
@@ -1758,13 +1762,13 @@ def fine_tune(
     if accelerator.num_processes > 1:
         print(f"processes: {accelerator.num_processes}, {settings.BATCH_SIZE} pairs a step in all")
     earlier_skipped = read_skipped(output) if continuing else []
-    found = {pair.picture for pair in pairs + validation}
+    found = {pair.picture for pair in data.pairs + data.validation}
     skipped += [row for row in earlier_skipped if row.path in found]  # even if it is readable now
     count = len(skipped)
     dtype = earlier["dtype"] if continuing else settings.DTYPE
     base = load_base(settings.MODEL_ID, settings.PROMPT, settings.DEVICE, dtype,
                      settings.LOAD_IN_4BIT)
-    dataset, held_out = build_datasets(settings, base, pairs, validation, skipped)
+    dataset, held_out = build_datasets(settings, base, data)
     if earlier_skipped and len(skipped) > count:
         raise UserError(f"{printable(skipped[-1].path)} could be read when this run began, and now "
                         f"it {skipped[-1].reason}. Put it back, or give --restart.")
@@ -1773,7 +1777,7 @@ def fine_tune(
                      settings.LORA_DROPOUT)
     check_sight(model, dataset)
 
-    record = describe_run(settings, data, base)
+    record = describe_run(settings, trace, base)
     if accelerator.is_main_process:
         if earlier and not continuing:
             move_aside(output)
