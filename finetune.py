@@ -81,7 +81,7 @@ LOAD_IN_4BIT = True  # language model in NF4, for less memory; False: faster whe
 LORA_RANK = 16  # size of the adapter: a larger one can learn more
 LORA_ALPHA = 32.0  # the adapter's outputs are scaled by LORA_ALPHA / LORA_RANK
 LORA_DROPOUT = 0.05  # share of the adapter's inputs dropped in training; 0: off
-LORA_TARGETS = "attention"  # or all-linear, or a regular expression for module names
+LORA_TARGETS = "attention"  # attention, all-linear, or a regular expression for module names
 # captions
 PROMPT = ""  # text before every caption, given and not learned; "": none
 MAX_CAPTION_TOKENS = 64  # longer captions are cut, and counted
@@ -90,9 +90,9 @@ EPOCHS = 10  # passes over the training pairs
 BATCH_SIZE = 16  # pairs behind one optimizer step; what memory can't hold at once is split
 LEARNING_RATE = 2e-4  # the highest; it rises to it and falls to 0 along a cosine
 WARMUP_FRACTION = 0.05  # share of the steps in which the learning rate rises; 0: off
-WEIGHT_DECAY = 0.01  # of AdamW; 0: off
+WEIGHT_DECAY = 0.01  # AdamW's weight decay; 0: off
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0: off
-SEED = 42  # of what is held out, the order of the pairs, the adapter's first weights, dropout
+SEED = 42  # decides what is held out, the order of the pairs, first weights and dropout
 NUM_WORKERS = 4  # processes that read pictures, at most one for each core; 0: no extra one
 # watching
 VALIDATION_FRACTION = 0.1  # share of the pairs held out to measure on; 0: train on all
@@ -109,6 +109,8 @@ RANGES = {  # setting: (lowest, highest), whose type is the setting's
     "VALIDATION_FRACTION": (0.0, 0.9), "SAMPLE_COUNT": (0, 256),
     "CHECKPOINT_MINUTES": (0.0, 1e6),
 }
+TEXTS = ("TRAIN_DIR", "VALIDATION_DIR", "OUTPUT_DIR", "MODEL_ID", "DEVICE", "DTYPE", "LORA_TARGETS",
+         "PROMPT", "LOG_WITH")
 LORA_PATTERNS = {
     "attention": r"language_model\..*(self_attn|SelfAttention|EncDecAttention)"
     r"\.(q_proj|k_proj|v_proj|out_proj|q|k|v|o)",
@@ -162,22 +164,29 @@ def printable(text: str) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The settings under their own names, overridden by flags; and `check`, `caption`."""
+    """The settings under their own names, overridden by flags; `check`, `restart` and `caption`.
+
+    Raises UserError where a setting is missing or has another name.
+    """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="read everything; write nothing")
     parser.add_argument("--restart", action="store_true", help="move an unfinished run aside")
     parser.add_argument("--caption", nargs="+", metavar="PATH", help="pictures or folders")
     block = Path(__file__).read_text(encoding="utf-8").split("# ==== ")[1]
-    for name, comment in re.findall(r"^([A-Z][A-Z0-9_]*) *=[^#\n]*(?:# *(.*))?$", block, re.M):
-        default = globals()[name]
-        kind = type(RANGES[name][0] if name in RANGES else default)
+    comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) *=[^#\n]*(?:# *(.*))?$", block, re.M))
+    if wrong := comments.keys() ^ {*RANGES, *TEXTS, "LOAD_IN_4BIT"}:
+        raise UserError(f"the settings {', '.join(sorted(wrong))} are missing or misspelled. Put "
+                        "each on a line of its own: EPOCHS = 10")
+    settings = argparse.Namespace(**{name: globals()[name] for name in comments})
+    for name, comment in comments.items():
+        kind = bool if name == "LOAD_IN_4BIT" else type(RANGES.get(name, ("",))[0])
         how = {"type": kind, "metavar": kind.__name__.upper()}
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
-        text = f"{comment} (now {default!r})".replace("%", "%%")
+        text = f"{comment} (now {getattr(settings, name)!r})".replace("%", "%%")
         flag = "--" + name.lower().replace("_", "-")
-        parser.add_argument(flag, dest=name, default=default, help=text, **how)
-    return parser.parse_args(argv)
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
+    return parser.parse_args(argv, settings)
 
 
 def check_settings(settings: argparse.Namespace) -> None:
@@ -187,13 +196,14 @@ def check_settings(settings: argparse.Namespace) -> None:
         value = getattr(settings, name)
         if type(value) not in (int, type(low)) or not low <= value <= high:
             needs[name] = f"a {'whole ' * isinstance(low, int)}number from {low} to {high}"
-    for name, value in vars(settings).items():
-        is_text = name.isupper() and name not in RANGES and name != "LOAD_IN_4BIT"
-        if is_text and not isinstance(value, str):
-            needs[name] = "text in quotes"
-    trackers = ["", *map(str, get_available_trackers())]
-    if settings.LOG_WITH not in trackers:
-        needs["LOG_WITH"] = f"one of {trackers} (for others, install the package)"
+    for name in TEXTS:
+        may_be_empty = name in ("VALIDATION_DIR", "PROMPT", "LOG_WITH")
+        if not isinstance(value := getattr(settings, name), str) or not (value or may_be_empty):
+            needs[name] = "text in quotes" + ", not empty" * (not may_be_empty)
+    trackers = sorted(map(str, get_available_trackers()))
+    if settings.LOG_WITH not in ("", *trackers):
+        needs["LOG_WITH"] = ("empty, or a tracker whose package is installed: "
+                             + (", ".join(trackers) or "there is none"))
     if not isinstance(settings.LOAD_IN_4BIT, bool):
         needs["LOAD_IN_4BIT"] = "True or False"
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", str(settings.DEVICE)):
@@ -211,6 +221,8 @@ def check_settings(settings: argparse.Namespace) -> None:
     for name in ("TRAIN_DIR", "VALIDATION_DIR", "OUTPUT_DIR"):  # out/ is out
         if value := getattr(settings, name):
             setattr(settings, name, os.path.normpath(value))
+    if os.path.isdir(settings.MODEL_ID):  # the adapter remembers it, and is used from elsewhere
+        settings.MODEL_ID = os.path.abspath(settings.MODEL_ID)
     settings.PROMPT = " ".join(settings.PROMPT.split())  # a space at its end breaks the next token
 
 
@@ -1045,7 +1057,8 @@ def fingerprint(data: Data, settings: argparse.Namespace) -> str:
 def list_differences(earlier: dict[str, Any], settings: dict[str, Any], trace: str) -> list[str]:
     """What makes this run another one than the earlier: settings, pictures, captions."""
     old, new = earlier["settings"] | {"data": earlier["data"]}, settings | {"data": trace}
-    return [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in sorted(new)
+    return [f"{'pictures or captions' if name == 'data' else name}: {old.get(name)!r} then, "
+            f"{new[name]!r} now" for name in sorted(new)
             if name not in HARMLESS and old.get(name) != new[name]]
 
 
@@ -1351,7 +1364,7 @@ def train(
             seconds, after = time.perf_counter() - started, math.nan
             now.step, now.loss, now.tokens = step + 1, now.loss + total, now.tokens + tokens
             now.pairs, now.seconds = now.pairs + len(rows), now.seconds + seconds
-            bar.set_postfix_str(f"loss {loss:.3f}, {now.pairs / now.seconds:.1f} pairs/s", False)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             epoch, place = divmod(step, steps_per_epoch)
             if ended := place == steps_per_epoch - 1:
                 after = held_out_loss(model, held_out)
@@ -1597,10 +1610,12 @@ def save_card(folder: Path, samples: list[Sample], record: dict[str, Any]) -> No
     """README.md: a model card for the Hub, with what is in settings.json, and a few samples."""
     settings, is_t5 = record["settings"], record["language_model"] == "t5"
     base, dtype, in_4bit = settings["MODEL_ID"], record["dtype"], settings["LOAD_IN_4BIT"]
+    on_hub = not os.path.isdir(base)
     metadata = ModelCardData(
-        base_model=None if os.path.isdir(base) else base, library_name="peft",
+        base_model=base if on_hub else None, library_name="peft",
         pipeline_tag="image-to-text", tags=["blip-2", "lora", "image-captioning"],
-        license="apache-2.0" if is_t5 else "other", license_name=None if is_t5 else "opt",
+        license="apache-2.0" if is_t5 and on_hub else "other",
+        license_name=None if is_t5 and on_hub else "opt" if on_hub else "of-the-base-model",
         metrics=["loss", "exact_match"])
     figures = (f"| {name.replace('_', ' ')} | {value} |" for name, value
                in record["results"].items())
@@ -1615,7 +1630,7 @@ def save_card(folder: Path, samples: list[Sample], record: dict[str, Any]) -> No
         quantization="quantization_config=nf4, " * in_4bit,
         prompt=settings["PROMPT"], tokens=settings["MAX_CAPTION_TOKENS"] + 1,
         cut="" if is_t5 else '[:, inputs["input_ids"].shape[1] :]',
-        licence="" if is_t5 else " OPT's weights are for research only.",
+        licence=" OPT's weights are for research only." * (on_hub and not is_t5),
         settings=json.dumps({name: record[name] for name in ("settings", "versions")}, indent=2))
     replace_file(folder / "README.md", str(ModelCard(card)).encode(errors="surrogateescape"))
 
@@ -1642,6 +1657,8 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
         record = json.loads((output / "settings.json").read_text(encoding="utf-8"))
         trained, dtype = argparse.Namespace(**record["settings"]), record["dtype"]
         dtype = "auto" if dtype == "float16" else dtype  # which not every device has
+        if not record["finished"]:
+            print("this run is not finished: the adapter is its best so far", file=sys.stderr)
         with contextlib.redirect_stdout(sys.stderr):
             base = load_base(trained.MODEL_ID, trained.PROMPT, device, dtype, trained.LOAD_IN_4BIT)
         load_file(output / "adapter_model.safetensors")  # else peft would look for it on the Hub
@@ -1670,7 +1687,10 @@ def caption_pictures(paths: list[str], output: Path, device: str, workers: int) 
 def run(settings: argparse.Namespace) -> int:
     """What the settings and flags ask for, from the pairs to the summary. Returns the exit code."""
     # Who fails before this is waited for without end; a download or an encoding pass may be slow.
-    PartialState(cpu=settings.DEVICE == "cpu", timeout=timedelta(days=1))
+    state = PartialState(cpu=settings.DEVICE == "cpu", timeout=timedelta(days=1))
+    if int(os.environ.get("WORLD_SIZE", 1)) > state.num_processes:
+        raise UserError("several processes were started, but there is no GPU for them. Mend that, "
+                        "or try it with --device cpu.")
     check_settings(settings)
     output = Path(settings.OUTPUT_DIR)
     if settings.caption:
@@ -1699,9 +1719,13 @@ def find_earlier_run(
     output = Path(settings.OUTPUT_DIR)
     accelerator.wait_for_everyone()  # for the lock
     earlier = read_earlier_run(output) if (output / LOCK).exists() else None
-    seen = gather_object([(trace, earlier)])
-    if seen != seen[:1] * len(seen):
+    seen = gather_object([(trace, earlier, vars(settings))])
+    if [files[:2] for files in seen] != [seen[0][:2]] * len(seen):
         raise UserError(NOT_SHARED)
+    if different := {name for *_, own in seen for name in own
+                     if name not in HARMLESS and own[name] != seen[0][2][name]}:
+        raise UserError(f"the processes have different values of {', '.join(sorted(different))}. "
+                        "Give all machines the same settings.")
     changed = list_differences(earlier, vars(settings), trace) if earlier else []
     if changed and not earlier["finished"] and not settings.restart:
         raise UserError("\n  ".join([
@@ -1816,10 +1840,10 @@ def fine_tune(settings: argparse.Namespace, accelerator: Accelerator, data: Data
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
-    settings = parse_arguments(argv)
     errors, who = sys.stderr, ""
     if process := int(os.environ.get("RANK", 0)):  # one of several: the first speaks for all
         who = f"process {process}: "
+        print(f"{who}started; the first one says how it goes")
         sys.stdout = sys.stderr = open(os.devnull, "w")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -1830,6 +1854,7 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):  # in a notebook
             stream.reconfigure(errors="backslashreplace")  # file names may be no valid Unicode
     try:
+        settings = parse_arguments(argv)
         with caught_signals(patient=False):
             return run(settings)
     except UserError as error:
@@ -1846,7 +1871,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             raise
     except KeyboardInterrupt as stop:
-        print(f"{who}stopped; the same command continues", file=errors)
+        without = " without --restart" * ("--restart" in (argv or sys.argv))
+        print(f"{who}stopped; the same command{without} continues", file=errors)
         return 128 + (stop.args or (signal.SIGINT,))[0]
     except BrokenPipeError:  # the reader has had enough: --check | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

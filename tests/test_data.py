@@ -156,13 +156,23 @@ def test_all_wrong_settings_are_reported_at_once(refused, data, value):
 
 @pytest.mark.parametrize("name, value", [
     ("EPOCHS", 1.5), ("EPOCHS", True), ("LEARNING_RATE", float("nan")), ("PROMPT", None),
-    ("LORA_TARGETS", ["q_proj", "v_proj"]), ("LOAD_IN_4BIT", "no"),
+    ("LORA_TARGETS", ["q_proj", "v_proj"]), ("LOAD_IN_4BIT", "no"), ("EPOCHS", "ten"),
+    ("MODEL_ID", ""), ("OUTPUT_DIR", ""), ("LOG_WITH", "no tracker"),
 ])
-def test_a_setting_edited_to_another_type_is_reported(refused, data, monkeypatch, name, value):
+def test_a_setting_edited_to_another_type_is_reported(data, monkeypatch, capsys, name, value):
     add(data, "cat", b"a cat", "cat.png")
     monkeypatch.setattr(finetune, name, value)
-    _, sentence = refused("--check", TRAIN_DIR=data)
-    assert f"{name} is {value!r}" in sentence
+    code = finetune.main(["--check", f"--train-dir={data}"])
+    assert code == 1 and f"{name} is {value!r}; it must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["EPOCH = 10", "EPOCHS: int = 10", "# EPOCHS = 10"])
+def test_a_misspelled_setting_is_named(line, tmp_path, monkeypatch, capsys):
+    text = SCRIPT.read_text(encoding="utf-8")
+    (tmp_path / "finetune.py").write_text(re.sub(r"^EPOCHS = .*$", line, text, flags=re.M))
+    monkeypatch.setattr(finetune, "__file__", str(tmp_path / "finetune.py"))
+    assert finetune.main(["--check"]) == 1
+    assert "EPOCHS are missing or misspelled. Put" in capsys.readouterr().err
 
 
 def test_importing_says_and_writes_nothing(tmp_path):
@@ -334,7 +344,7 @@ def test_a_gpu_that_is_not_there(refused, small_data, opt_base, device):
     assert f"DEVICE is {device!r}" in sentence
 
 
-@pytest.mark.parametrize("name", ["no-such/model", "no/such/folder", "a b", ""])
+@pytest.mark.parametrize("name", ["no-such/model", "no/such/folder", "a b"])
 def test_an_unknown_model(refused, small_data, name):
     _, sentence = refused(TRAIN_DIR=small_data, MODEL_ID=name)
     assert repr(name) in sentence and "no such" in sentence

@@ -36,6 +36,9 @@ FLAGS = {
 STEPS = 9
 
 
+SECOND = "process 1: started; the first one says how it goes\n"  # all that it says
+
+
 def wait_until(done, what: str) -> None:
     deadline = time.monotonic() + SECONDS
     while not done():
@@ -266,7 +269,7 @@ def test_two_launched_machines_do_what_one_process_does(one, root, settings_in, 
         for node in both:
             kill_all(node.process.pid)
     assert code == 0 and other_code == 0, error + other_error
-    assert silence == ""
+    assert silence == SECOND
     assert_one_voice(output)
     assert_encoded_once(root / "nodes/data", files=2)
     assert_same(root / "nodes/out", one("opt"))
@@ -278,7 +281,7 @@ def test_two_forked_processes_do_what_one_does(kind, one, root, settings_in, opt
     done = forked(2, settings_in(f"forked-{kind}", MODEL_ID=base), root / f"forked-{kind}")
     assert done.codes == [0, 0], done.errors
     assert_one_voice(done.outs[0])
-    assert done.outs[1] == "" and done.errors == ["", ""]
+    assert done.outs[1] == SECOND and done.errors == ["", ""]
     assert_encoded_once(root / f"forked-{kind}/data", files=2)
     assert_same(root / f"forked-{kind}/out", one(kind))
 
@@ -566,6 +569,19 @@ def bug_in_process_1(rank: int, settings: dict) -> None:
     finetune.add_lora = add_lora
 
 
+def another_seed(rank: int, settings: dict) -> None:
+    settings["SEED"] = 7 + rank
+
+
+def test_processes_with_other_settings_say_so(tmp_path, data, opt_base):
+    shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
+    settings = FLAGS | {"MODEL_ID": opt_base, "TRAIN_DIR": tmp_path / "data",
+                        "OUTPUT_DIR": tmp_path / "out"}  # fmt: skip
+    done = forked(2, settings, tmp_path, another_seed)
+    assert done.codes == [1, 1]
+    assert all("different values of SEED. Give" in error for error in done.errors), done.errors
+
+
 def test_an_unexpected_error_of_another_process_is_seen(tmp_path, data, opt_base):
     shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
     settings = FLAGS | {"MODEL_ID": opt_base, "TRAIN_DIR": tmp_path / "data",
@@ -602,5 +618,5 @@ def test_a_finished_run_says_so_once(one, root, opt_base):
     before = adapter(out)
     done = forked(2, settings, root / "again")
     assert done.codes == [0, 0], done.errors
-    assert done.outs[0].count("this run is finished") == 1 and done.outs[1] == ""
+    assert done.outs[0].count("this run is finished") == 1 and done.outs[1] == SECOND
     assert torch.equal(adapter(out), before)
