@@ -654,9 +654,9 @@ def nothing(runs: Runs) -> None:
 
 
 OTHERS = {  # a change: what is done, settings, what is said of it
-    "setting": (nothing, {"LEARNING_RATE": 1e-3}, "LEARNING_RATE was 0.002 and is 0.001"),
-    "caption": (change_caption, {}, "data was '40 pairs,"),
-    "picture": (add_picture, {}, " and is '41 pairs,"),
+    "setting": (nothing, {"LEARNING_RATE": 1e-3}, "LEARNING_RATE: 0.002 then, 0.001 now"),
+    "caption": (change_caption, {}, "pictures or captions: '40 pairs,"),
+    "picture": (add_picture, {}, " then, '41 pairs,"),
 }
 SAME = {"nothing": {}, "device": {"DEVICE": "cpu"}, "workers": {"NUM_WORKERS": 1},
         "minutes": {"CHECKPOINT_MINUTES": 0}, "samples": {"SAMPLE_COUNT": 0}}  # fmt: skip
@@ -686,7 +686,7 @@ def test_another_run_is_refused_where_one_is_unfinished(unfinished, asked, refer
     before = tree(unfinished.folder)
     ended = unfinished(**settings)
     assert ended.code == 1 and said in ended.err and "--restart" in ended.err
-    assert ended.err.count(" was ") == 1 and "Traceback" not in ended.err
+    assert ended.err.count(" then, ") == 1 and "Traceback" not in ended.err
     assert tree(unfinished.folder) == before
 
 
