@@ -402,23 +402,27 @@ def test_out_of_memory_where_nothing_can_be_halved_is_a_sentence(root, settings_
 # ---- Stopped ------------------------------------------------------------------------------------
 
 
-def stopped_after_step_5(rank: int, settings: dict) -> None:
-    """SIGTERM comes to process 1 only, in its fifth step."""
-    real = finetune.rows_of_step
+def signal_in_step_5(number: int):
+    """A patch: the signal comes to process 1 only, in its fifth step."""
 
-    def rows_of_step(dataset, step, *more):
-        if rank == 1 and step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(dataset, step, *more)
+    def patch(rank: int, settings: dict) -> None:
+        real = finetune.rows_of_step
 
-    finetune.rows_of_step = rows_of_step
+        def rows_of_step(dataset, step, *more):
+            if rank == 1 and step == 5:
+                os.kill(os.getpid(), number)
+            return real(dataset, step, *more)
+
+        finetune.rows_of_step = rows_of_step
+
+    return patch
 
 
 @pytest.fixture(scope="module")
 def stopped(root, settings_in, opt_base):
     """A run of two processes, one of which had SIGTERM."""
     settings = settings_in("stopped", MODEL_ID=opt_base)
-    done = forked(2, settings, root / "stopped", stopped_after_step_5)
+    done = forked(2, settings, root / "stopped", signal_in_step_5(signal.SIGTERM))
     return SimpleNamespace(settings=settings, **vars(done))
 
 
@@ -591,20 +595,9 @@ def test_an_unexpected_error_of_another_process_is_seen(tmp_path, data, opt_base
     assert "ZeroDivisionError: of process 1" in done.errors[1]
 
 
-def killed_in_step_5(rank: int, settings: dict) -> None:
-    real = finetune.rows_of_step
-
-    def rows_of_step(dataset, step, *more):
-        if rank == 1 and step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(dataset, step, *more)
-
-    finetune.rows_of_step = rows_of_step
-
-
 def test_a_killed_process_ends_the_others_and_the_run_continues(one, root, settings_in, opt_base):
     settings, folder = settings_in("killed", MODEL_ID=opt_base), root / "killed"
-    done = forked(2, settings, folder, killed_in_step_5)
+    done = forked(2, settings, folder, signal_in_step_5(signal.SIGKILL))
     assert done.codes == [1, -signal.SIGKILL]
     assert done.errors[0].startswith("error: another process has ended")
     done = forked(2, settings, folder)
