@@ -1,17 +1,19 @@
 """Fine-tune BLIP-2 on your own captions: LoRA on a language model in 4 bits.
 
-What goes in: pictures and their captions.
+What goes in: pictures and their captions, in one of three layouts.
 
-    train/caption/<name>.txt      one caption: the whole file
-    train/Image/<name>/...        its pictures, in any depth; each makes one pair with that caption
-    train/Image/<name>.<ending>   or one picture beside the folders
+    train/caption/<name>.txt and      one caption, and the pictures that it is for, in any depth
+    train/Image/<name>/...            (or Image/<name>.<ending>, one picture)
+    train/metadata.csv or .jsonl      a table with columns file_name and text, a row for each pair
+    train/<name>.txt and .<ending>    a caption of its own beside each picture, in any depth
 
 What comes out: blip2_lora_finetuned/ with the adapter, the processor, a model card (README.md),
-report.png, pairs.csv, metrics.csv, skipped.csv, settings.json.
+report.png, held_out.csv, pairs.csv, metrics.csv, skipped.csv and settings.json. Until it is
+finished, a run is in blip2_lora_finetuned.unfinished/, with checkpoint.pt to continue from.
 
     python finetune.py                       train with the settings below, which are also flags;
                                              again after any interruption: it continues
-    python finetune.py --restart             move an unfinished run aside, and train from the start
+    python finetune.py --restart             train from the start, whatever there is
     python finetune.py --check               read settings, captions and pictures; write nothing
     python finetune.py --caption PATH ...    caption pictures or folders with the trained adapter
 """
@@ -20,35 +22,32 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import difflib
-import fcntl
 import functools
 import hashlib
+import inspect
 import io
+import itertools
 import json
 import logging
 import math
 import os
-import platform
 import re
-import shutil
 import signal
-import stat
 import sys
 import textwrap
 import time
 import unicodedata
 import uuid
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 import transformers
@@ -56,94 +55,103 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, reduce
 from accelerate.utils.memory import should_reduce_batch_size
+from filelock import FileLock
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors.torch import load_file
-from torch.utils.data import DataLoader, Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
+from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
 for talkative in ("bitsandbytes", "huggingface_hub"):  # at import; on every try without network
     logging.getLogger(talkative).setLevel(logging.ERROR)
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 # ==== Settings: edit these, or give them as flags (BATCH_SIZE is --batch-size) ====
 # files
-TRAIN_DIR = "train"  # folder with caption/ and Image/
-VALIDATION_DIR = ""  # held-out pairs in the same layout; "": hold out a part of TRAIN_DIR
-OUTPUT_DIR = "blip2_lora_finetuned"  # what the run writes; a finished run there is moved aside
+TRAIN_DIR: str = "train"  # folder of pictures and captions, in one of the layouts above
+VALIDATION_DIR: str = ""  # pictures to measure on, in any layout; "": hold out a part of TRAIN_DIR
+OUTPUT_DIR: str = "blip2_lora_finetuned"  # what the run leaves; an earlier one is moved aside then
 # model
-MODEL_ID = "Salesforce/blip2-opt-2.7b"  # Hub id or folder of a BLIP-2 with OPT or Flan-T5
-DEVICE = "auto"  # auto, cuda, cuda:1, cpu
-DTYPE = "auto"  # of all that is not in 4 bits: auto, bfloat16, float16, float32
-LOAD_IN_4BIT = True  # language model in NF4, for less memory; False: faster where it fits
+MODEL_ID: str = "Salesforce/blip2-opt-2.7b"  # Hub id or folder of a BLIP-2 with OPT or Flan-T5
+DEVICE: str = "auto"  # auto, cuda, cuda:1, cpu
+DTYPE: str = "auto"  # of all that is not in 4 bits: auto, bfloat16, float16, float32
+LOAD_IN_4BIT: bool = True  # language model in NF4, for less memory; False: faster where it fits
 # LoRA
-LORA_RANK = 16  # size of the adapter: a larger one can learn more
-LORA_ALPHA = 32.0  # the adapter's outputs are scaled by LORA_ALPHA / LORA_RANK
-LORA_DROPOUT = 0.05  # share of the adapter's inputs dropped in training; 0: off
-LORA_TARGETS = "attention"  # attention, all-linear, or a regular expression for module names
+LORA_RANK: int = 16  # size of the adapter: a larger one can learn more
+LORA_ALPHA: float = 32.0  # the adapter's outputs are scaled by LORA_ALPHA / LORA_RANK
+LORA_DROPOUT: float = 0.05  # share of the adapter's inputs dropped in training; 0: off
+LORA_TARGETS: str = "attention"  # attention, all-linear, or a regular expression for module names
 # captions
-PROMPT = ""  # text before every caption, given and not learned; "": none
-MAX_CAPTION_TOKENS = 64  # longer captions are cut, and counted
+PROMPT: str = ""  # text before every caption, given and not learned; "": none
+MAX_CAPTION_TOKENS: int = 64  # longer captions are cut, and counted
+NUM_BEAMS: int = 1  # of the search for a caption; 1: greedy, the fastest
 # training
-EPOCHS = 10  # passes over the training pairs
-BATCH_SIZE = 16  # pairs behind one optimizer step; what memory can't hold at once is split
-LEARNING_RATE = 2e-4  # the highest; it rises to it and falls to 0 along a cosine
-WARMUP_FRACTION = 0.05  # share of the steps in which the learning rate rises; 0: off
-WEIGHT_DECAY = 0.01  # AdamW's weight decay; 0: off
-MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0: off
-SEED = 42  # decides what is held out, the order of the pairs, first weights and dropout
-NUM_WORKERS = 4  # processes that read pictures, at most one for each core; 0: no extra one
+EPOCHS: int = 10  # passes over the training pairs
+BATCH_SIZE: int = 16  # pairs behind one optimizer step; what memory can't hold at once is split
+LEARNING_RATE: float = 2e-4  # the highest; it rises to it and falls to 0 along a cosine
+WARMUP_FRACTION: float = 0.05  # share of the steps in which the learning rate rises; 0: off
+WEIGHT_DECAY: float = 0.01  # AdamW's weight decay; 0: off
+MAX_GRAD_NORM: float = 1.0  # longer gradients are scaled down to this norm; 0: off
+SEED: int = 42  # decides what is held out, the order of the pairs, first weights and dropout
+NUM_WORKERS: int = 4  # threads that read pictures
 # watching
-VALIDATION_FRACTION = 0.1  # share of the pairs held out to measure on; 0: train on all
-SAMPLE_COUNT = 6  # held-out captions printed, and drawn (12 at most); 0: none
-CHECKPOINT_MINUTES = 10.0  # between checkpoints, beside those at epochs' ends; 0: only those
-LOG_WITH = ""  # a tracker that accelerate knows: tensorboard, wandb, mlflow, ...; "": none
+VALIDATION_FRACTION: float = 0.1  # share of the pictures held out to measure on; 0: train on all
+SAMPLE_COUNT: int = 6  # held-out captions printed, and drawn (12 at most); 0: none
+CHECKPOINT_MINUTES: float = 10.0  # between checkpoints, beside those at epochs' ends; 0: only those
+LOG_WITH: str = ""  # a tracker that accelerate knows: tensorboard, wandb, mlflow, ...; "": none
 # ==== End of settings ====
 
-RANGES = {  # setting: (lowest, highest), whose type is the setting's
-    "LORA_RANK": (1, 4096), "LORA_ALPHA": (0.001, 1e6), "LORA_DROPOUT": (0.0, 0.99),
-    "MAX_CAPTION_TOKENS": (1, 100_000), "EPOCHS": (1, 1_000_000), "BATCH_SIZE": (1, 1_000_000),
-    "LEARNING_RATE": (1e-9, 1.0), "WARMUP_FRACTION": (0.0, 1.0), "WEIGHT_DECAY": (0.0, 10.0),
-    "MAX_GRAD_NORM": (0.0, 1e6), "SEED": (0, 2**31), "NUM_WORKERS": (0, 1024),
-    "VALIDATION_FRACTION": (0.0, 0.9), "SAMPLE_COUNT": (0, 256),
-    "CHECKPOINT_MINUTES": (0.0, 1e6),
-}
-TEXTS = ("TRAIN_DIR", "VALIDATION_DIR", "OUTPUT_DIR", "MODEL_ID", "DEVICE", "DTYPE", "LORA_TARGETS",
-         "PROMPT", "LOG_WITH")
+SETTINGS = inspect.get_annotations(sys.modules[__name__])  # name: type
+HARMLESS = "OUTPUT_DIR DEVICE NUM_WORKERS CHECKPOINT_MINUTES SAMPLE_COUNT LOG_WITH".split()
+FOR_CAPTION = "OUTPUT_DIR DEVICE NUM_WORKERS NUM_BEAMS".split()  # all else is as in the training
 LORA_PATTERNS = {
     "attention": r"language_model\..*(self_attn|SelfAttention|EncDecAttention)"
     r"\.(q_proj|k_proj|v_proj|out_proj|q|k|v|o)",
     "all-linear": r"language_model\..*\.([qkv]_proj|out_proj|fc[12]|q|k|v|o|wi|wi_[01]|wo)",
 }
-UNQUANTIZED = ["lm_head", "language_projection", "qformer", "vision_model"]
+NF4 = {  # the defaults of bitsandbytes are fp4, and arithmetic in float32
+    "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+    "llm_int8_skip_modules": ["lm_head", "language_projection", "qformer", "vision_model"],
+}
 PICTURE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]
 DECODING = 1  # raised when read_picture returns something else, so that features are made anew
 CAPTION_BYTES = 1_000_000  # a larger file is no caption
-UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"  # ends lines, moves the cursor
 INFERENCE_BATCH = 16  # pictures encoded, measured or captioned at a time
-GENERATED = 256  # held-out pictures captioned before and after, at most
-REPORT_SECONDS = 60  # between two drawings of report.png, at least
+GENERATED = 256  # held-out pictures captioned before and after, at most; all of VALIDATION_DIR
 NAMED = 10  # problems named on the screen; skipped.csv has all of them
 CPU_PARAMETERS = 500_000_000  # a larger model runs on the CPU only when told to
 TINY_PARAMETERS = 20_000_000  # below, one CPU thread: several wait for each other, not for work
 FEW_STEPS = 100  # with fewer optimizer steps hardly anything is learned
-HARMLESS = (  # for the result
-    "OUTPUT_DIR", "DEVICE", "NUM_WORKERS", "CHECKPOINT_MINUTES", "SAMPLE_COUNT", "LOG_WITH",
-    "check", "restart", "caption")
-METRICS = ("step", "epoch", "learning_rate", "train_loss", "held_out_loss", "grad_norm",
-           "pairs_per_second", "seconds")
-NOT_SHARED = ("the processes don't see the same files. Put TRAIN_DIR and OUTPUT_DIR on a file "
-              "system that all machines share.")
-LOCK = ".finetune.lock"  # in OUTPUT_DIR, while a run writes there
-IGNORE = -100  # the label of a position that is not learned
+METRICS = ("step epoch learning_rate train_loss held_out_loss grad_norm pairs_per_second "
+           "seconds").split()
+FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "PingFang SC",
+         "Noto Sans Devanagari", "Segoe UI Emoji", "Noto Emoji"]  # the first that has the letter
+TABLES = ("metadata.csv", "metadata.jsonl")
+NOT_SHARED = ("the processes see other files, or have other settings. Put TRAIN_DIR and OUTPUT_DIR "
+              "on a file system that all machines share, and start all by the same command.")
+OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",  # the others are
+                 "CUDA error: out of memory", "CUDA driver error: out of memory")  # accelerate's
+REMEDIES = {  # of errors that are not ours, by what they say
+    "file lock": "Another run works on this OUTPUT_DIR: stop it, or name another one. Only if none "
+    "does (it was killed on another machine), delete that file.",
+    "out of memory|CUBLAS": "Set LOAD_IN_4BIT, lower MAX_CAPTION_TOKENS, or free memory.",
+    r"OSError|os error \d": "Mend that, and run the same command again.",
+    "DistError|DistBackendError|gloo": "Another process has ended: see what it says.",
+}
 
 
 class UserError(Exception):
     """What only the user can mend: a sentence that says what is wrong, where, and what to do."""
 
 
-def spread(items: Sequence, count: int) -> Sequence:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whoever says it: an allocator, cuBLAS, the CUDA runtime or its driver."""
+    return should_reduce_batch_size(error) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def spread(items: Sequence, count: int) -> list:
     """At most `count` of the items, evenly spread."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
@@ -156,67 +164,109 @@ def share(items: Sequence) -> Sequence:
 
 
 def printable(text: str) -> str:
-    """`text` on one line of a terminal: what breaks lines or controls the terminal is escaped."""
-    return re.sub(UNPRINTABLE, lambda found: ascii(found[0])[1:-1], text)
+    """`text` on one line of a terminal: what breaks lines or moves the cursor is escaped."""
+    return re.sub(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
+                  lambda found: ascii(found[0])[1:-1], text)
+
+
+def relative(path: str, root: str) -> str:
+    """The path below `root`, in NFC: the same on every system, wherever `root` is moved to."""
+    with contextlib.suppress(ValueError):  # on another drive of Windows
+        path = os.path.relpath(path, root)
+    return unicodedata.normalize("NFC", path.replace(os.sep, "/"))
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that is whole, old or new, whoever is killed: written aside, flushed, renamed."""
+    aside = path.with_name(f"{path.name}.part")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
+    """A table, its header first. NaN is an empty cell."""
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows(["" if cell != cell else cell for cell in row] for row in rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of such a table, by its header."""
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
 
 
 # ---- Settings -----------------------------------------------------------------------------------
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The settings under their own names, overridden by flags; `check`, `restart` and `caption`.
-
-    Raises UserError where a setting is missing or has another name.
-    """
+    """The settings under their own names, overridden by flags; `check`, `restart` and `caption`."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="read everything; write nothing")
-    parser.add_argument("--restart", action="store_true", help="move an unfinished run aside")
+    parser.add_argument("--restart", action="store_true", help="train from the start")
     parser.add_argument("--caption", nargs="+", metavar="PATH", help="pictures or folders")
-    block = Path(__file__).read_text(encoding="utf-8").split("# ==== ")[1]
-    comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) *=[^#\n]*(?:# *(.*))?$", block, re.M))
-    if wrong := comments.keys() ^ {*RANGES, *TEXTS, "LOAD_IN_4BIT"}:
-        raise UserError(f"the settings {', '.join(sorted(wrong))} are missing or misspelled. Put "
-                        "each on a line of its own: EPOCHS = 10")
-    settings = argparse.Namespace(**{name: globals()[name] for name in comments})
-    for name, comment in comments.items():
-        kind = bool if name == "LOAD_IN_4BIT" else type(RANGES.get(name, ("",))[0])
-        how = {"type": kind, "metavar": kind.__name__.upper()}
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
-        text = f"{comment} (now {getattr(settings, name)!r})".replace("%", "%%")
-        flag = "--" + name.lower().replace("_", "-")
-        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
-    return parser.parse_args(argv, settings)
+    source = Path(__file__).read_text(encoding="utf-8")
+    comments = dict(re.findall(r"^([A-Z0-9_]+): .*?  # (.*)$", source, re.M))
+    for name, kind in SETTINGS.items():
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+            "type": kind, "metavar": kind.__name__.upper()}
+        text = f"{comments.get(name, '')} (now {globals().get(name)!r})".replace("%", "%%")
+        parser.add_argument("--" + name.lower().replace("_", "-"), dest=name, help=text,
+                            default=argparse.SUPPRESS, **how)
+    given = vars(parser.parse_args(argv))
+    if given["caption"]:
+        ignored = [name for name in given if name in SETTINGS and name not in FOR_CAPTION]
+        if ignored := ignored + [name for name in ("check", "restart") if given[name]]:
+            parser.error(f"--caption goes with {', '.join(FOR_CAPTION)} alone, as flags; all else "
+                         f"is as in the training: leave out {', '.join(ignored)}")
+    return argparse.Namespace(**{name: globals().get(name) for name in SETTINGS} | given)
 
 
 def check_settings(settings: argparse.Namespace) -> None:
     """Raises one UserError with every problem of the settings."""
-    needs = {}
-    for name, (low, high) in RANGES.items():
-        value = getattr(settings, name)
-        if type(value) not in (int, type(low)) or not low <= value <= high:
-            needs[name] = f"a {'whole ' * isinstance(low, int)}number from {low} to {high}"
-    for name in TEXTS:
-        may_be_empty = name in ("VALIDATION_DIR", "PROMPT", "LOG_WITH")
-        if not isinstance(value := getattr(settings, name), str) or not (value or may_be_empty):
-            needs[name] = "text in quotes" + ", not empty" * (not may_be_empty)
-    trackers = sorted(map(str, get_available_trackers()))
-    if settings.LOG_WITH not in ("", *trackers):
-        needs["LOG_WITH"] = ("empty, or a tracker whose package is installed: "
-                             + (", ".join(trackers) or "there is none"))
-    if not isinstance(settings.LOAD_IN_4BIT, bool):
-        needs["LOAD_IN_4BIT"] = "True or False"
-    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", str(settings.DEVICE)):
-        needs["DEVICE"] = "auto, cpu, cuda or one GPU such as cuda:1"
-    if settings.DTYPE not in ("auto", "bfloat16", "float16", "float32"):
-        needs["DTYPE"] = "auto, bfloat16, float16 or float32"
-    try:
-        re.compile(str(settings.LORA_TARGETS))
-    except re.error as error:
-        needs["LORA_TARGETS"] = f"attention, all-linear or a regular expression ({error})"
-    if needs:
-        problems = [f"{name} is {getattr(settings, name)!r}; it must be {need}."
-                    for name, need in sorted(needs.items())]
+    trackers = ["", *sorted(map(str, get_available_trackers()))]
+    rules = {  # what settings must be beside of their type, in words and as a test
+        "LORA_RANK LORA_ALPHA EPOCHS BATCH_SIZE LEARNING_RATE":
+            ("more than 0", lambda value: 0 < value < math.inf),
+        "WEIGHT_DECAY MAX_GRAD_NORM SAMPLE_COUNT CHECKPOINT_MINUTES":
+            ("0 or more", lambda value: 0 <= value < math.inf),
+        "LORA_DROPOUT WARMUP_FRACTION VALIDATION_FRACTION":
+            ("from 0 to below 1", lambda value: 0 <= value < 1),
+        "MAX_CAPTION_TOKENS NUM_BEAMS NUM_WORKERS":
+            ("from 1 to 1000", lambda value: 1 <= value <= 1000),
+        "SEED": ("from 0 to 4294967295", lambda value: 0 <= value < 2**32),
+        "TRAIN_DIR OUTPUT_DIR MODEL_ID": ("text, not empty", bool),
+        "VALIDATION_DIR PROMPT": ("text", lambda value: True),
+        "LOAD_IN_4BIT": ("True or False", lambda value: True),
+        "LORA_TARGETS": ("attention, all-linear or a regular expression", re.compile),
+        "DEVICE": ("auto, cpu, cuda or one GPU such as cuda:1",
+                   re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch),
+        "DTYPE": ("auto, bfloat16, float16 or float32",
+                  "auto bfloat16 float16 float32".split().__contains__),
+        "LOG_WITH": (f"a tracker whose package is installed: {trackers}", trackers.__contains__),
+    }  # fmt: skip
+
+    def fits(value: Any, kind: type, test: Any) -> bool:
+        with contextlib.suppress(re.error):
+            return type(value) in (kind, int if kind is float else kind) and bool(test(value))
+        return False
+
+    rules = {name: rule for names, rule in rules.items() for name in names.split()}
+    problems = [f"{name} is missing, misspelled or no setting: each is a line, 'EPOCHS: int = 10'"
+                for name in sorted(rules.keys() ^ SETTINGS.keys())]
+    problems += [f"{name} is {value!r}; it must be {words} ({SETTINGS[name].__name__})."
+                 for name, (words, test) in rules.items() if name in SETTINGS
+                 for value in [getattr(settings, name)] if not fits(value, SETTINGS[name], test)]
+    if not problems and not settings.caption:
+        problems = check_output_dir(settings)
+    if problems:
         raise UserError("\n  ".join(["some settings can't be used:", *problems]))
     for name in ("TRAIN_DIR", "VALIDATION_DIR", "OUTPUT_DIR"):  # out/ is out
         if value := getattr(settings, name):
@@ -224,6 +274,19 @@ def check_settings(settings: argparse.Namespace) -> None:
     if os.path.isdir(settings.MODEL_ID):  # the adapter remembers it, and is used from elsewhere
         settings.MODEL_ID = os.path.abspath(settings.MODEL_ID)
     settings.PROMPT = " ".join(settings.PROMPT.split())  # a space at its end breaks the next token
+
+
+def check_output_dir(settings: argparse.Namespace) -> list[str]:
+    """Why OUTPUT_DIR can't be renamed, or would take with it what is not its own."""
+    output = Path(os.path.realpath(settings.OUTPUT_DIR))  # of a link, what it points to
+    problems = ["is the current folder, or above it"] * Path.cwd().is_relative_to(output)
+    problems += ["is a mount point, which can't be renamed"] * output.is_mount()
+    for name in ("TRAIN_DIR", "VALIDATION_DIR", "MODEL_ID"):
+        folder = Path(os.path.realpath(getattr(settings, name) or os.devnull))
+        if folder.is_dir() and (folder.is_relative_to(output) or output.is_relative_to(folder)):
+            problems.append(f"and {name} lie one in the other")
+    return [f"OUTPUT_DIR {settings.OUTPUT_DIR!r} {problem}; name a folder of its own."
+            for problem in problems]
 
 
 # ---- Pairs --------------------------------------------------------------------------------------
@@ -234,10 +297,7 @@ class Pair(NamedTuple):
     caption: str
 
 
-class Skipped(NamedTuple):
-    kind: str  # caption, picture or folder
-    path: str
-    reason: str
+Skipped = tuple[str, str]  # path, and why it is not used
 
 
 class Data(NamedTuple):
@@ -246,128 +306,168 @@ class Data(NamedTuple):
     skipped: list[Skipped]  # of both
 
 
-def read_caption(path: str) -> tuple[str, str]:
-    """The caption in a file, white space collapsed, and a remark on its encoding ("": none).
-
-    UTF-8 with or without BOM, UTF-16 with BOM, else Windows-1252. Raises OSError, also for
-    what is no text, and UnicodeDecodeError.
-    """
+def read_caption(path: str) -> str:
+    """The caption in a UTF-8 or UTF-16 file, white space collapsed. Raises OSError, ValueError."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError("it is not a file")  # a pipe would block for ever
+        raise ValueError("the caption is not a file")  # a pipe would block for ever
     with open(path, "rb") as file:
         raw = file.read(CAPTION_BYTES + 1)
-    if len(raw) > CAPTION_BYTES:
-        raise OSError(f"it is larger than {CAPTION_BYTES} bytes")
-    encoding, remark = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", ""
     try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError:
-        if encoding == "utf-16":
-            raise
-        text, remark = raw.decode("cp1252", errors="replace"), "read as Windows-1252: not UTF-8"
-    if "\0" in text:  # UTF-16 without BOM, or no text at all
-        raise OSError("it holds zero bytes; save it as UTF-8")
-    return " ".join(text.split()), remark
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError("the caption is not in UTF-8; save it so, README says how") from error
+    if "\0" in text or len(raw) > CAPTION_BYTES:
+        raise ValueError("the caption is no text in UTF-8, or above 1 MB")
+    if not text.strip():
+        raise ValueError("the caption is empty")
+    return " ".join(text.split())
 
 
 def list_files(folder: str, skipped: list[Skipped]) -> Iterator[str]:
     """Every file below `folder`, in a fixed order, without hidden ones and desktops' droppings."""
 
-    def refuse(error: OSError) -> None:
-        skipped.append(Skipped("folder", error.filename, f"can't be opened: {error.strerror}"))
-
     def wanted(names: list[str]) -> list[str]:
         ignored = ("thumbs.db", "desktop.ini", "__macosx")
         return sorted(n for n in names if not n.startswith(".") and n.lower() not in ignored)
 
+    def refuse(error: OSError) -> None:
+        skipped.append((error.filename, f"can't be opened: {error.strerror}"))
+
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = wanted(folders)
-        for path in (os.path.join(parent, name) for name in folders):
-            if os.path.islink(path):
-                skipped.append(Skipped("folder", path, "is a link; only linked files are read"))
+        skipped += [(os.path.join(parent, name), "is a link; only linked files are read")
+                    for name in folders if os.path.islink(os.path.join(parent, name))]
         yield from (os.path.join(parent, name) for name in wanted(files))
 
 
-def find_pairs(
-    folder: str, named: int = NAMED
-) -> tuple[list[Pair], list[Skipped], list[str]]:
-    """Captions and pictures matched by name (in NFC): pairs, what is not used, and remarks.
+def read_names(folder: str, beside: bool, skipped: list[Skipped]) -> list[Pair]:
+    """Caption files and the pictures of their name.
 
-    Raises UserError where the folders are not there, or not one pair is; then `named` of the
-    captions and pictures are printed.
+    caption/<name>.txt for Image/<name>/... or Image/<name>.<ending>; or, if `beside`, <name>.txt
+    for <name>.<ending> in the same folder, in any depth.
     """
-    caption_dir, image_dir = os.path.join(folder, "caption"), os.path.join(folder, "Image")
-    for path in (folder, caption_dir, image_dir):
-        if not os.path.isdir(path):
-            raise UserError(f"there is no folder {path!r}. Captions belong into {caption_dir}/"
-                            f"<name>.txt, their pictures into {image_dir}/<name>/.")
-    pairs, skipped, remarks = [], [], []
-    captions: dict[str, list[str]] = {}  # name -> paths
-    pictures: dict[str, list[str]] = {}
-    for path in list_files(caption_dir, skipped):
-        name, ending = os.path.splitext(os.path.relpath(path, caption_dir))
-        if ending.lower() == ".txt" and os.sep not in name:
-            captions.setdefault(unicodedata.normalize("NFC", name), []).append(path)
-        else:
-            skipped.append(Skipped("caption", path, "is not caption/<name>.txt"))
-    for path in list_files(image_dir, skipped):
-        first, _, rest = os.path.relpath(path, image_dir).partition(os.sep)
-        name = first if rest else os.path.splitext(first)[0]
-        pictures.setdefault(unicodedata.normalize("NFC", name), []).append(path)
-
-    lonely = captions.keys() ^ pictures.keys()
-    few = len(lonely) < 100  # comparing all with all takes minutes for thousands
-
-    def missing(what: str, name: str, others: dict[str, list[str]]) -> str:
-        near = difflib.get_close_matches(name, [n for n in lonely if n in others], 1) if few else []
-        return f"there is no {what}" + "".join(f"; did you mean {other!r}?" for other in near)
-
-    for name in sorted(captions.keys() | pictures.keys()):
-        texts, images = captions.get(name, []), pictures.get(name, [])
-        caption = problem = remark = ""
-        if not images:
-            problem = missing(f"{image_dir}/{name}/", name, pictures)
-        elif not texts:
-            problem = missing(f"{caption_dir}/{name}.txt", name, captions)
-        elif len(texts) > 1:
-            problem = f"there are {len(texts)} captions of this name"
-        else:
-            try:
-                caption, remark = read_caption(texts[0])
-                problem = "" if caption else "the caption is empty"
-            except (OSError, UnicodeDecodeError) as error:
-                problem = f"the caption can't be read: {error}"
-        remarks += [f"{texts[0]}: {remark}"] if remark else []
-        if problem:
-            skipped += [Skipped("caption", path, problem) for path in texts]
-            skipped += [Skipped("picture", path, problem) for path in images]
-        else:
+    captions, pictures, pairs = defaultdict(list), defaultdict(list), []
+    for top in ("",) if beside else ("caption", "Image"):
+        for path in list_files(os.path.join(folder, top), skipped):
+            name = relative(path, os.path.join(folder, top))
+            stem, ending = os.path.splitext(name)
+            if top == "Image":
+                pictures[name.split("/")[0] if "/" in name else stem].append(path)
+            elif ending.lower() == ".txt" and (beside or "/" not in name):
+                captions[stem].append(path)
+            elif beside:
+                pictures[stem].append(path)
+            else:
+                skipped.append((path, "is not caption/<name>.txt"))
+    for name in sorted({*captions, *pictures}):
+        texts, images = captions[name], pictures[name]
+        try:
+            if len(texts) > 1:
+                raise ValueError(f"there are {len(texts)} captions of this name")
+            if not texts or not images:
+                raise ValueError(f"there is no {'picture' if texts else 'caption'} of this name")
+            caption = read_caption(texts[0])
             pairs += [Pair(path, caption) for path in images]
+        except (OSError, ValueError) as error:
+            skipped += [(path, str(error)) for path in texts + images]
+    return pairs
+
+
+def read_table(path: str, skipped: list[Skipped]) -> list[Pair]:
+    """Hugging Face's ImageFolder: file_name, below the table's folder, and text or caption.
+
+    Raises UserError, or what csv and json raise.
+    """
+    folder, pairs, named = os.path.dirname(path), {}, set()
+    files = {relative(file, folder): file for file in list_files(folder, skipped)}
+    del files[os.path.basename(path)]
+    with open(path, newline="", encoding="utf-8-sig") as lines:
+        rows = csv.DictReader(lines, strict=True) if path.endswith(".csv") else (
+            json.loads(line) for line in lines if line.strip())
+        for number, row in enumerate(rows, 1):
+            column = "text" if "text" in row else "caption"
+            if not {"file_name", column} <= row.keys():
+                raise UserError(
+                    f"{path!r} has the columns {', '.join(map(repr, row))}, and needs file_name "
+                    "and text: rename the column of paths to file_name, that of captions to text"
+                    + ", and separate columns by commas" * (";" in str([*row][0])) + ".")
+            name = os.path.normpath(str(row["file_name"] or "").replace("\\", "/"))
+            name = unicodedata.normalize("NFC", name.replace(os.sep, "/"))
+            text = row[column] if isinstance(row[column], str) else ""
+            pair = Pair(files.get(name, ""), " ".join(text.split()))
+            reason = ("file_name leads out of the folder; copy the picture into it"
+                      if name.startswith(("/", "../")) else
+                      "there is no such file" if not pair.picture else
+                      "the caption is empty, or no text" if not pair.caption else
+                      "the caption is no valid Unicode" if re.search(r"[\ud800-\udfff]", text) else
+                      "an earlier row is the same; they count once" if pair in pairs else "")
+            if reason:
+                skipped.append((f"{path}, row {number}: {name}", reason))
+            else:
+                pairs[pair] = None  # a dict, for its order
+            named.add(name)
+    skipped += [(file, f"is not in {path}") for name, file in files.items() if name not in named]
+    return list(pairs)
+
+
+def find_pairs(folder: str, named: int = NAMED) -> tuple[list[Pair], list[Skipped]]:
+    """The pairs in whichever layout `folder` has, and what is not used.
+
+    Raises UserError where there is not one pair (then `named` files are named), or two layouts.
+    """
+    there = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    found = [name for name in (*TABLES, "caption") if name in there]
+    pairs, skipped = [], []
+    if len(found) > 1:
+        raise UserError(f"there are {' and '.join(found)} in {folder!r}; captions come from one "
+                        "place. Move the other out of it.")
+    if found == ["caption"]:
+        layout, pairs = "caption/ and Image/", read_names(folder, False, skipped)
+    elif found:
+        layout, path = found[0], os.path.join(folder, found[0])
+        try:
+            pairs = read_table(path, skipped)
+        except (ValueError, AttributeError, TypeError, csv.Error) as error:
+            raise UserError(f"{path!r} can't be read: {error}. Save it in UTF-8, as a table with "
+                            "file_name and text.") from error
+    else:
+        layout, pairs = "<name>.txt beside each picture", read_names(folder, True, skipped)
+    skipped = sorted((path, "a table is read in the folder itself alone: move it there"
+                      if os.path.basename(path) in TABLES else reason) for path, reason in skipped)
     if not pairs:
-        print_skipped(sorted(skipped), named)
-        raise UserError(f"no picture in {image_dir} has a caption in {caption_dir}. Name a folder "
-                        "of pictures as its caption: Image/rose/ for caption/rose.txt.")
-    return sorted(pairs), sorted(skipped), remarks
+        print_skipped(skipped, named)
+        near = [f"There is {other!r}: rename it to {name!r}. " for name in ("caption", "Image")
+                for other in there if other != name and other.lower().rstrip("s") == name.lower()]
+        names = ", ".join(map(repr, there[:NAMED])) or "nothing"
+        raise UserError(f"no picture in {folder!r} has a caption. {''.join(near)}There is {names}. "
+                        "Captions are read from caption/<name>.txt for the pictures in "
+                        "Image/<name>/, or from metadata.csv (file_name,text), or from "
+                        "<name>.txt beside <name>.jpg.")
+    print(f"layout of {printable(folder)}: {layout}")
+    return sorted(pairs), skipped
 
 
-def find_data(settings: argparse.Namespace) -> Data:
-    """The pairs in TRAIN_DIR and VALIDATION_DIR. Raises UserError as find_pairs."""
-    named = sys.maxsize if settings.check else NAMED
-    pairs, skipped, remarks = find_pairs(settings.TRAIN_DIR, named)
-    validation, *more = [], [], []
-    if settings.VALIDATION_DIR:
-        validation, *more = find_pairs(settings.VALIDATION_DIR, named)
-    for remark in (remarks + more[1])[:named]:
-        print(printable(remark))
-    return Data(pairs, validation, skipped + more[0])
+def find_copies(pictures: set[str], others: set[str]) -> list[str]:
+    """Those of `pictures` that are, byte for byte, one of `others`."""
+    sizes = {path: os.path.getsize(path) for path in pictures | others if os.path.isfile(path)}
+    common = {sizes.get(path) for path in pictures} & {sizes.get(path) for path in others}
+
+    def digest(path: str) -> bytes | str:
+        with contextlib.suppress(OSError):
+            if sizes.get(path) in common:
+                return hashlib.sha256(Path(path).read_bytes()).digest()
+        return path
+
+    known = {digest(path) for path in others}
+    return sorted(path for path in pictures if digest(path) in known)
 
 
 def print_skipped(skipped: list[Skipped], named: int = NAMED) -> None:
     """Counts what is not used, and names the first `named` ones."""
-    if counts := Counter(row.kind for row in skipped):
-        print("not used:", ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts.items()))
-    for row in skipped[:named]:
-        print(printable(f"  {row.path}: {row.reason}"))
+    if skipped:
+        print(f"not used: {len(skipped)}")
+    for path, reason in skipped[:named]:
+        print(f"  {printable(path)}: {printable(reason)}")
     if len(skipped) > named:
         print(f"  and {len(skipped) - named} more; --check lists all")
 
@@ -375,166 +475,97 @@ def print_skipped(skipped: list[Skipped], named: int = NAMED) -> None:
 # ---- Pictures -----------------------------------------------------------------------------------
 
 
-Decoded = tuple[list[tuple[str, int, int, str]], torch.Tensor | None]  # as of decode_batch
-
-
-class PictureError(Exception):
-    """The picture can't be used; the message says why."""
-
-
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """Drops what is written to file descriptor 2: libtiff's remarks on damaged files."""
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+class Decoded(NamedTuple):
+    path: str
+    pixel_values: np.ndarray | None  # (3, height, width)
+    reason: str = ""  # why there are none
 
 
 def read_picture(path: str, side: int) -> Image.Image:
     """A picture as RGB: upright, its first frame, transparency over white, 16-bit grey as 8-bit.
 
     JPEGs far larger than `side` pixels are decoded at a reduced scale, never below twice `side`.
-    Raises PictureError, whatever is wrong with the file.
+    Raises whatever Pillow's decoders raise on damaged files, which is a dozen kinds.
     """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise PictureError("is not a file")  # a pipe would block for ever
-        with warnings.catch_warnings(), silenced():
-            warnings.simplefilter("ignore")  # about EXIF, palettes, sizes; what matters raises
-            with Image.open(path, formats=PICTURE_FORMATS) as picture:
-                picture.draft(None, (2 * side, 2 * side))
-                upright = ImageOps.exif_transpose(picture)
-            if upright.mode.startswith("I;16"):
-                grey = np.asarray(upright).astype(np.float32) / 257
-                upright = Image.fromarray(grey.round().astype(np.uint8))
-            if upright.mode in ("I", "F"):
-                raise PictureError("has 32 bits for each pixel; save it with 8 or 16")
-            if upright.has_transparency_data:
-                upright = upright.convert("RGBA")
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright)
-            return upright.convert("RGB")
-    except PictureError:
-        raise
-    except UnidentifiedImageError as error:
-        with open(path, "rb") as file:
-            head = file.read(12)
-        if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1"):
-            raise PictureError("is HEIC; save it as JPEG") from error
-        reason = f"is none of {', '.join(PICTURE_FORMATS)}" if head else "is empty"
-        raise PictureError(reason) from error
-    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
-        raise PictureError(f"can't be read: {error or type(error).__name__}") from error
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("is not a file")  # a pipe would block for ever
+    with Image.open(path, formats=PICTURE_FORMATS) as picture:
+        picture.draft(None, (2 * side, 2 * side))
+        upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I;16"):
+        grey = np.asarray(upright).astype(np.float32) / 257
+        upright = Image.fromarray(grey.round().astype(np.uint8))
+    if upright.mode in ("I", "F"):
+        raise ValueError("has 32 bits for each pixel; save it with 8 or 16")
+    if upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright)
+    return upright.convert("RGB")
 
 
-def picture_state(path: str) -> tuple[int, int]:
-    """Size in bytes and time of the last change in ns: by these a picture is known again.
+def decode(paths: list[str], image_processor: Any) -> list[Decoded]:
+    """Pictures as the vision tower takes them, or why they can't be used.
 
-    (0, 0) for one that is not there or may not be read: it is tried again when that is mended.
+    Without an image processor they are only read.
     """
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0, 0
-    return (status.st_size, status.st_mtime_ns) if os.access(path, os.R_OK) else (0, 0)
-
-
-def decode_batch(paths: list[str], processor: Blip2Processor | None) -> Decoded:
-    """A row (path, size, mtime_ns, why it can't be used or "") for each picture; pixel_values.
-
-    The latter are those of the usable ones, (pictures, 3, height, width), or None if there are
-    none, or no processor.
-    """
-    side = processor.image_processor.size["height"] if processor else 224
-    rows, pixels = [], []
+    decoded, side = [], image_processor.size["height"] if image_processor else 224
     for path in paths:
-        state, reason = picture_state(path), ""  # first: a change from now on is seen next time
         try:
             picture = read_picture(path, side)
-            if processor:
-                pixels.append(processor.image_processor(picture, return_tensors="pt").pixel_values)
-        except PictureError as error:
-            reason = str(error)
-            cause = error.__cause__
-            if isinstance(cause, MemoryError) or getattr(cause, "errno", None):
-                state = 0, 0  # the machine's fault, not the picture's: it is tried again next time
-        rows.append((path, *state, reason))
-    return rows, torch.cat(pixels) if pixels else None
+            pixels = image_processor(picture).pixel_values[0] if image_processor else None
+            decoded.append(Decoded(path, pixels))
+        except UnidentifiedImageError:
+            formats = ", ".join(PICTURE_FORMATS)
+            decoded.append(Decoded(path, None, f"is none of {formats}; save it as JPEG"))
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            decoded.append(Decoded(path, None, f"can't be read: {reason}"))
+    return decoded
 
 
 def read_pictures(
-    paths: list[str], processor: Blip2Processor | None, workers: int, title: str
-) -> Iterator[Decoded]:
-    """decode_batch of all paths, in order, done by `workers` processes, with a progress bar."""
-    # Batches wait in shared memory, two for each worker; without room (a container's 64 MB) a
-    # DataLoader hangs. 4 bytes x 3 channels x 384 x 384 pixels, and as much again to spare.
-    room = shutil.disk_usage("/dev/shm").free // (4 * INFERENCE_BATCH * 4 * 3 * 384**2)
-    workers = min(workers, room, len(os.sched_getaffinity(0)), len(paths) // INFERENCE_BATCH)
-    decode = functools.partial(decode_batch, processor=processor)
-    with tqdm(total=len(paths), desc=title, unit="picture", disable=None) as bar:
-        for batch in DataLoader(paths, INFERENCE_BATCH, num_workers=workers, collate_fn=decode):
-            yield batch
-            bar.update(len(batch[0]))
+    paths: Sequence[str], image_processor: Any, workers: int, title: str
+) -> Iterator[list[Decoded]]:
+    """All decoded, in order, INFERENCE_BATCH at a time, by threads: Pillow and NumPy leave the GIL.
+
+    No more than two batches for each thread wait to be taken.
+    """
+    parts = iter(range(0, len(paths), INFERENCE_BATCH))
+    with ThreadPoolExecutor(workers) as pool, contextlib.ExitStack() as stack:
+        stack.callback(pool.shutdown, cancel_futures=True)
+        bar = stack.enter_context(tqdm(total=len(paths), desc=title, unit="picture", disable=None))
+        waiting: deque = deque()
+        while True:
+            for start in itertools.islice(parts, 2 * workers - len(waiting)):
+                batch = paths[start : start + INFERENCE_BATCH]
+                waiting.append(pool.submit(decode, batch, image_processor))
+            if not waiting:
+                return
+            decoded = waiting.popleft().result()
+            yield decoded
+            bar.update(len(decoded))
 
 
-def check_pictures(pairs: list[Pair], skipped: list[Skipped], workers: int) -> int:
-    """Lists every pair, and what is not used. Returns the exit code: 1 if no pair is left."""
-    reasons = {}
-    for rows, _ in read_pictures([pair.picture for pair in pairs], None, workers, "checking"):
-        reasons |= {path: reason for path, _, _, reason in rows}
-    for pair in pairs:
-        if not reasons[pair.picture]:
-            print(f"pair\t{printable(pair.picture)}\t{printable(pair.caption)}")
-    broken = [Skipped("picture", path, reason) for path, reason in reasons.items() if reason]
-    for row in skipped + broken:
-        print(f"not used\t{printable(row.path)}\t{printable(row.reason)}")
-    print(f"{len(pairs) - len(broken)} pairs; {len(skipped) + len(broken)} files not used")
-    return 0 if len(pairs) > len(broken) else 1
+# ---- The captioner: BLIP-2 on its device --------------------------------------------------------
 
 
-# ---- Model and processor ------------------------------------------------------------------------
+class Row(NamedTuple):
+    """A pair as it is learned."""
+
+    features: torch.Tensor  # the Q-Former's output, (num_query_tokens, hidden)
+    learned: list[int]  # ids of the caption and the stop token
 
 
-class Base(NamedTuple):
-    """The frozen model, and how a row for it is laid out: prefix, caption, stop, padding."""
+def has_kernels(major: int, minor: int, architectures: list[str]) -> bool:
+    """Whether a PyTorch built for these (torch.cuda.get_arch_list()) runs on such a GPU.
 
-    model: Blip2ForConditionalGeneration
-    processor: Blip2Processor
-    device: torch.device
-    dtype: torch.dtype
-    prefix: list[int]  # what the processor gives for a picture and PROMPT: image tokens, then text
-    num_query_tokens: int  # that is, image tokens
-    stop: int  # what generation stops on: a newline for OPT, not the tokenizer's own </s>
-    pad: int
-    is_t5: bool  # prefix to the encoder, caption and stop to the decoder
-
-    def autocast(self) -> torch.autocast:
-        """LoRA's weights are float32 in a model of `dtype`."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-
-def load_config(model_id: str) -> Blip2Config:
-    """Raises UserError where there is no model, or none that writes captions as BLIP-2 does."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(model_id, trust_remote_code=False)
-    except Exception as error:  # a dozen kinds
-        reason = ("this folder holds no model" if os.path.isdir(model_id) else "there is no such "
-                  "folder, and no such model on the Hub, or the Hub can't be reached")
-        raise UserError(f"can't load MODEL_ID {model_id!r}: {reason}. Check the name and the "
-                        "network; a private model needs `hf auth login`.") from error
-    kind = (config.architectures or [config.model_type])[0]
-    if kind not in ("Blip2ForConditionalGeneration", "blip-2") or config.model_type != "blip-2":
-        raise UserError(f"MODEL_ID {model_id!r} is a {kind}, not a BLIP-2 that writes captions. "
-                        "Try Salesforce/blip2-opt-2.7b.")
-    if (language := config.text_config.model_type) not in ("opt", "t5"):
-        raise UserError(f"MODEL_ID {model_id!r} has the language model {language!r}, not OPT or "
-                        "Flan-T5. Try Salesforce/blip2-opt-2.7b.")
-    return config
+    sm_80 runs on 8.0 to 8.9; compute_80 is compiled for any newer one.
+    """
+    built = [(kind, divmod(int(number), 10)) for kind, number
+             in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures))]
+    return any(which <= (major, minor) and (kind == "compute" or which[0] == major)
+               for kind, which in built)
 
 
 def choose_device(
@@ -544,622 +575,479 @@ def choose_device(
 
     Raises UserError.
     """
-    reason = "as DEVICE says"
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        reason = (f"PyTorch finds no NVIDIA GPU, or an old driver for CUDA {torch.version.cuda}"
-                  if torch.version.cuda else "this PyTorch was built without CUDA")
-    if device.startswith("cuda:") and PartialState().num_processes > 1:
+    state, major, reason = PartialState(), 0, "as DEVICE says"
+    if device.startswith("cuda:") and state.num_processes > 1:
         raise UserError(f"DEVICE is {device!r}, but each process takes a GPU of its own. Set it to "
                         "auto.")
-    if device.startswith("cuda") and int(device[5:] or 0) >= count:
-        raise UserError(f"DEVICE is {device!r}, but there are {count} GPUs"
-                        + (", counted from 0." if count else f": {reason}. Or use --device cpu."))
-    if device == "cpu" or not count:
-        if device == "auto" and size > CPU_PARAMETERS:
-            raise UserError(f"{reason}, and a model of {size / 1e9:.1f} billion parameters is very "
-                            "slow on the CPU. Mend that, or say --device cpu if you mean it.")
-        device, dtype = "cpu", "float32" if dtype == "auto" else dtype
-    else:
-        device = f"cuda:{device[5:] or torch.cuda.current_device()}"
-        major, minor = torch.cuda.get_device_capability(device)
-        reason = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-        if dtype == "auto":  # is_bf16_supported() is true by emulation on older GPUs
-            dtype = "bfloat16" if major >= 8 else "float32" if is_t5 else "float16"
+    if device != "cpu":
+        try:
+            index = int(device[5:] or state.local_process_index)
+            major, minor = torch.cuda.get_device_capability(index)
+            reason = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+            if not has_kernels(major, minor, torch.cuda.get_arch_list()):
+                raise UserError(f"this PyTorch has nothing compiled for the GPU ({reason}), but "
+                                f"for {torch.cuda.get_arch_list()}. Install one for an older CUDA, "
+                                "or say --device cpu.")
+            device = f"cuda:{index}"
+        except (AssertionError, RuntimeError) as error:  # PyTorch says why there is none
+            reason = f"no GPU: {str(error).splitlines()[0].rstrip('.')}"
+            if device != "auto" or size > CPU_PARAMETERS:
+                raise UserError(f"DEVICE is {device!r}, but there is {reason}. Mend that, or say "
+                                "--device cpu, which is slow with a large model.") from error
+            device = "cpu"
+    if dtype == "auto":  # is_bf16_supported() is true by emulation on older GPUs
+        dtype = "bfloat16" if major >= 8 else "float16" if major and not is_t5 else "float32"
     if dtype == "float16" and (device == "cpu" or is_t5):
         raise UserError("DTYPE float16 is for OPT on a GPU; T5 overflows in it. Set it to auto.")
     return torch.device(device), getattr(torch, dtype), reason
 
 
-def count_bytes(
-    skeleton: Blip2ForConditionalGeneration, dtype: torch.dtype, in_4bit: bool
-) -> float:
-    """The memory that the weights of a model take when loaded."""
-    quantized = {  # T5's wo overflows in float16, and transformers keeps it out of 4 bits
-        id(module.weight) for name, module in skeleton.language_model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not name.endswith(("lm_head", ".wo"))}
-    # With double quantization: 64 weights share 1 byte, 256 such blocks 4 more.
-    small = 0.5 + 1 / 64 + 4 / 64 / 256 if in_4bit else dtype.itemsize
-    kept = ("qformer.", "query_tokens") if dtype == torch.float16 else ()  # transformers: float32
-    return sum(weight.numel() * (small if id(weight) in quantized else
-                                 4 if name.startswith(kept) else dtype.itemsize)
-               for name, weight in skeleton.named_parameters())
+class Captioner:
+    """The model in eval mode, frozen but for LoRA, and how a pair is laid out for it.
 
-
-def tell_memory(
-    skeleton: Blip2ForConditionalGeneration, device: torch.device, dtype: torch.dtype, in_4bit: bool
-) -> None:
-    """Prints what is needed and what is free, and what to do about it."""
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    needed = count_bytes(skeleton, dtype, in_4bit)
-    print(f"memory: {needed / 1e9:.3g} GB for the weights, {free / 1e9:.3g} GB free")
-    if needed > free:
-        print("  that is too little" + ": set LOAD_IN_4BIT" * (not in_4bit))
-    elif in_4bit and on_gpu and free > 2 * count_bytes(skeleton, dtype, False):
-        print("  there is room for the model without 4 bits, which is faster: set LOAD_IN_4BIT to "
-              "False")
-
-
-def load_base(model_id: str, prompt: str, device: str, dtype: str, in_4bit: bool) -> Base:
-    """The frozen model in eval mode on its device, with its processor. Raises UserError.
-
-    A checkpoint of 2023 knows no image token; it is given one.
+    OPT:     picture, BOS, prompt, caption, newline: one text, of which the last two are learned
+    Flan-T5: picture, prompt, </s> for the encoder; caption, </s> from the decoder are learned
     """
+
+    def __init__(
+        self, model: Blip2ForConditionalGeneration, processor: Blip2Processor,
+        settings: argparse.Namespace,
+    ) -> None:
+        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        self.device, self.dtype = model.device, model.language_projection.weight.dtype
+        text = model.config.text_config
+        self.is_t5, self.pad = text.model_type == "t5", text.pad_token_id
+        self.stop = text.eos_token_id  # OPT: a newline, not its tokenizer's </s>
+        self.limit, self.beams = settings.MAX_CAPTION_TOKENS, settings.NUM_BEAMS
+        prompt = settings.PROMPT
+        self.prefix = self.tokenizer(prompt, split_special_tokens=True).input_ids  # </s> is a word
+        self.space = " " if prompt and not self.is_t5 else ""  # a T5's decoder begins anew
+
+    def tokenize(self, caption: str) -> list[int]:
+        """The ids of a caption; what is learned of them is cut at the limit, and ends with stop."""
+        return self.tokenizer(self.space + caption, add_special_tokens=False,
+                              split_special_tokens=True).input_ids
+
+    def send(self, values: Sequence | torch.Tensor) -> torch.Tensor:
+        """To the device, through pinned memory, so that nothing waits."""
+        tensor = torch.as_tensor(values)
+        tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return tensor.to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def encode(self, pixel_values: list[np.ndarray]) -> torch.Tensor:
+        """(3, height, width) each, to the Q-Former's (pictures, num_query_tokens, hidden)."""
+        pixels = self.send(np.stack(pixel_values)).to(self.dtype)
+        features = self.model.get_image_features(pixels).qformer_outputs[0]
+        return features.to(self.dtype)  # transformers keeps the Q-Former in float32 beside float16
+
+    def embed(self, features: Sequence[torch.Tensor], input_ids: torch.Tensor) -> torch.Tensor:
+        """What the language model reads, (rows, tokens, width): projected features, then text."""
+        image = self.model.language_projection(self.send(torch.stack(list(features))))
+        text = self.model.get_input_embeddings()(input_ids.view(len(image), -1))
+        return torch.cat([image.to(text.dtype), text], dim=1)
+
+    def losses(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Cross-entropy in float32, summed over each row's learned tokens, (rows,)."""
+        features, learned = zip(*rows, strict=True)
+        longest = max(len(ids) for ids in learned)
+        padded = [ids + [self.pad] * (longest - len(ids)) for ids in learned]
+        if self.is_t5:  # one prefix for all, so that there is no padding to mask
+            start = self.model.config.text_config.decoder_start_token_id
+            text, answers = [self.prefix] * len(rows), [[start, *ids[:-1]] for ids in padded]
+            width, first = longest, 0
+        else:  # causal: padding on the right needs no mask; a token is predicted before it
+            text, answers = [self.prefix + ids for ids in padded], []
+            width = len(features[0]) + len(text[0])
+            first = width - longest - 1
+        # All numbers are sent at once: every mask or count on the device would be waited for.
+        numbers = [*itertools.chain(*text)], [*itertools.chain(*answers)], [
+            row * width + first + i for row, ids in enumerate(learned) for i in range(len(ids))
+        ], [*itertools.chain(*learned)], [row for row, ids in enumerate(learned) for _ in ids]
+        sent = self.send([*itertools.chain(*numbers)]).split([len(some) for some in numbers])
+        input_ids, decoder_ids, positions, targets, owners = sent
+        model, inputs = self.model.language_model, self.embed(features, input_ids)
+        if self.is_t5:
+            states = model(inputs_embeds=inputs, decoder_input_ids=decoder_ids.view(len(rows), -1),
+                           use_cache=False).logits
+        else:
+            states = model.model.decoder(inputs_embeds=inputs, use_cache=False)[0]
+        logits = states.flatten(0, 1).index_select(0, positions)
+        logits = logits if self.is_t5 else model.lm_head(logits)
+        each = F.cross_entropy(logits.float(), targets, reduction="none")
+        return each.new_zeros(len(rows)).index_add(0, owners, each)
+
+    @torch.no_grad()
+    def caption(self, features: Sequence[torch.Tensor]) -> list[tuple[str, float]]:
+        """Captions for pictures, (num_query_tokens, hidden) each, and how sure the model is.
+
+        That is the geometric mean of the probabilities of the ids, stop token included.
+        """
+        inputs = self.embed(features, self.send(self.prefix * len(features)))
+        output = self.model.language_model.generate(
+            inputs_embeds=inputs, attention_mask=torch.ones_like(inputs[..., 0], dtype=int),
+            max_new_tokens=self.limit + 1, do_sample=False, num_beams=self.beams,
+            eos_token_id=self.stop, pad_token_id=self.pad).tolist()
+        output = [ids[self.is_t5 :] for ids in output]  # what a T5's decoder starts with
+        output = [ids[: ids.index(self.stop) + 1] if self.stop in ids else ids for ids in output]
+        losses = self.losses([Row(*row) for row in zip(features, output, strict=True)]).tolist()
+        texts = self.tokenizer.batch_decode(
+            [ids[:-1] if ids[-1] == self.stop else ids for ids in output], skip_special_tokens=True)
+        return [(" ".join(text.split()), math.exp(-loss / len(ids)))
+                for text, loss, ids in zip(texts, losses, output, strict=True)]
+
+
+def load_captioner(settings: argparse.Namespace) -> Captioner:
+    """BLIP-2 from safetensors, without foreign code. Raises UserError."""
+    model_id, in_4bit = settings.MODEL_ID, settings.LOAD_IN_4BIT
     print(f"model: {model_id}")
-    config = load_config(model_id)
-    with torch.device("meta"):
-        skeleton = Blip2ForConditionalGeneration(config)
-    is_t5, size = config.text_config.model_type == "t5", skeleton.num_parameters()
-    place, kind, reason = choose_device(device, dtype, is_t5, size)
-    print(f"device: {place}, {str(kind).removeprefix('torch.')} ({reason})")
-    tell_memory(skeleton, place, kind, in_4bit)
-    nf4 = transformers.BitsAndBytesConfig(  # its own defaults are fp4, and arithmetic in fp32
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=kind, llm_int8_skip_modules=UNQUANTIZED)
     try:
+        config = transformers.AutoConfig.from_pretrained(model_id, trust_remote_code=False)
+        text = getattr(config, "text_config", config)
+        kind = (config.architectures or ["Blip2ForConditionalGeneration"])[0]
+        if (config.model_type, kind) != ("blip-2", "Blip2ForConditionalGeneration") or (
+                text.model_type not in ("opt", "t5")):
+            raise ValueError(f"it is a {config.model_type} ({kind}, {text.model_type}), not a "
+                             "BLIP-2 that writes captions with OPT or Flan-T5")
+        with torch.device("meta"):
+            size = Blip2ForConditionalGeneration(config).num_parameters()
+        device, dtype, reason = choose_device(settings.DEVICE, settings.DTYPE,
+                                              text.model_type == "t5", size)
+        print(f"device: {device}, {str(dtype).removeprefix('torch.')} ({reason})")
         # The Pillow class by name: the automatic one depends on whether torchvision is installed.
         image_processor = transformers.BlipImageProcessorPil.from_pretrained(model_id)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
-        processor = Blip2Processor(image_processor, tokenizer, config.num_query_tokens)
-        model, loading = Blip2ForConditionalGeneration.from_pretrained(
-            model_id, dtype=kind, quantization_config=nf4 if in_4bit else None,
-            device_map={"": place}, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True)  # they are an error below
-        if not tokenizer.decode(config.text_config.eos_token_id):
+        if not tokenizer.decode(text.eos_token_id):
             raise ValueError("its tokenizer is missing")
+        processor = Blip2Processor(image_processor, tokenizer, config.num_query_tokens)
+        nf4 = transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
+        model, loading = Blip2ForConditionalGeneration.from_pretrained(
+            model_id, dtype=dtype, quantization_config=nf4 if in_4bit else None,
+            device_map={"": device}, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True)  # they are an error here
         if wrong := sorted(map(str, loading["missing_keys"] | loading["mismatched_keys"])):
             raise ValueError(f"weights are missing or of another shape: {wrong[0]}")
+    except UserError:
+        raise
     except Exception as error:  # missing and damaged files raise a dozen kinds
-        if should_reduce_batch_size(error):
+        if is_out_of_memory(error):
             raise
-        raise UserError(f"can't load MODEL_ID {model_id!r}: {error}. Get the model again, in "
-                        "safetensors, or name another one.") from error
-    if place.type == "cpu" and model.num_parameters() < TINY_PARAMETERS:
-        torch.set_num_threads(1)
+        why = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"can't load MODEL_ID {model_id!r}: {why}. Check name and network; a "
+                        "private model needs `hf auth login`.") from error
     for module in model.modules():
         # With avx512_bf16, bitsandbytes would repack 4-bit weights in place in the first forward
         # pass without gradients, for inference only: training on them is wrong from then on.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
-    if config.image_token_index != image_token:
-        if image_token >= model.get_input_embeddings().num_embeddings:
-            raise UserError(f"MODEL_ID {model_id!r} has no room for an image token.")
-        model.config.image_token_index = image_token
-        print(f"mended: a checkpoint of 2023 without an image token; <image> is {image_token} now")
-    prefix = [image_token] * config.num_query_tokens
-    prefix += tokenizer(prompt, split_special_tokens=True)["input_ids"]  # an <image> in it is text
-    text = config.text_config
-    return Base(model.eval().requires_grad_(False), processor, place, kind, prefix,
-                config.num_query_tokens, text.eos_token_id, text.pad_token_id, is_t5)
-
-
-# ---- LoRA ---------------------------------------------------------------------------------------
+    if device.type == "cpu" and size < TINY_PARAMETERS:
+        torch.set_num_threads(1)
+    taken = model.get_memory_footprint()
+    print(f"memory: {taken / 1e9:.3g} GB for the weights")
+    if in_4bit and device.type == "cuda":  # 2 bytes a weight, and as much for the work
+        if torch.cuda.mem_get_info(device)[0] + taken > 4 * size:
+            print("  there is room for it without 4 bits, which is faster: LOAD_IN_4BIT = False")
+    model.eval().requires_grad_(False)
+    captioner = Captioner(model, processor, settings)
+    room = getattr(text, "max_position_embeddings", math.inf)
+    if config.num_query_tokens + len(captioner.prefix) + captioner.limit + 1 > room:
+        raise UserError(f"picture, PROMPT and MAX_CAPTION_TOKENS = {captioner.limit} need more "
+                        f"than the {room} positions of this model. Lower MAX_CAPTION_TOKENS.")
+    return captioner
 
 
 def add_lora(
     model: Blip2ForConditionalGeneration, targets: str, rank: int, alpha: float, dropout: float
 ) -> PeftModel:
-    """`model` with LoRA (Hu et al. 2021, arXiv:2106.09685) where `targets` matches module names.
+    """LoRA (Hu et al. 2021, arXiv:2106.09685) put into `model` where `targets` matches names.
 
     Raises UserError where that is nowhere, or outside the language model's linear layers.
     """
     pattern = LORA_PATTERNS.get(targets, targets)
-    matched = {name for name, _ in model.named_modules() if re.fullmatch(pattern, name)}
     linear = {
         name for name, module in model.language_model.named_modules(prefix="language_model")
         if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
     }
+    matched = {name for name, _ in model.named_modules() if re.fullmatch(pattern, name)}
     if not matched or matched - linear:
-        problem = f"matches {min(matched - linear)}" if matched else "matches nothing"
         kinds = sorted({re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in linear})
-        raise UserError("\n  ".join([f"LORA_TARGETS {targets!r} {problem}; it can match:", *kinds]))
+        raise UserError("\n  ".join([f"LORA_TARGETS {targets!r} must match some of these:", *kinds,
+                                     f"and nothing else. Now it matches {sorted(matched)[:3]}"]))
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern)
-    lora = get_peft_model(model, config).eval()
-    count, _ = lora.get_nb_trainable_parameters()
+    adapter = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+    count, _ = adapter.get_nb_trainable_parameters()
     print(f"LoRA: {count:,} weights, of rank {rank}, on {len(matched)} linear layers")
-    return lora
+    return adapter
 
 
-# ---- Features: what the frozen vision side says of a picture ------------------------------------
+# ---- Features: what the frozen vision side says of a picture, computed once ---------------------
 
 
-class FeatureStore:
-    """The Q-Former's output of every picture, (num_query_tokens, hidden), kept in a folder.
-
-    A pass appends to two files of its own: <number>-<id>.bin holds features, .jsonl a line for each
-    picture, [path, size, mtime_ns, row or reason]. The lines of a batch are one write, after what
-    they name, and a torn last line is not read, so a killed pass leaves nothing half, and the next
-    one encodes the same batches. Reading maps the files.
-    """
-
-    def __init__(self, folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self.folder, self.shape, self.dtype = folder, shape, dtype
-        self.known: dict[str, tuple[int, int, str, int | str]] = {}  # size, mtime_ns, file, entry
-        self.mapped: dict[str, torch.Tensor] = {}  # file -> (rows, *shape)
-        self.read()
-
-    def read(self) -> None:
-        """What all processes have written so far."""
-        row_bytes = math.prod(self.shape) * self.dtype.itemsize
-        for index in sorted(self.folder.glob("*.jsonl")):
-            data = index.with_suffix(".bin")
-            rows = data.stat().st_size // row_bytes if data.exists() else 0
-            for line in index.read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # torn by a kill or a power cut
-                    picture, size, mtime_ns, entry = json.loads(line)
-                    if isinstance(entry, str) or entry < rows:
-                        self.known[picture] = size, mtime_ns, index.stem, entry
-
-    def key(self, picture: str) -> str:
-        """Relative to the folder above .features, which can be moved with all that is in it."""
-        return os.path.relpath(picture, self.folder.parent.parent)
-
-    def knows(self, picture: str) -> bool:
-        """Whether there is an entry for the picture in its present state."""
-        return self.known.get(self.key(picture), ())[:2] == picture_state(picture)
-
-    def reason(self, picture: str) -> str:
-        """Why the picture could not be used ("": it could)."""
-        entry = self.known[self.key(picture)][3]
-        return entry if isinstance(entry, str) else ""
-
-    def append(self, batches: Iterable[Decoded]) -> None:
-        """Keeps the rows, and the features in place of the pixel_values, for good."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        number, count = len(list(self.folder.glob("*.jsonl"))), 0  # no clock: it can be set back
-        file = f"{number:06}-{uuid.uuid4().hex}"
-        path = self.folder / file
-        with open(f"{path}.bin", "wb") as data, open(f"{path}.jsonl", "wb") as index:
-            for rows, features in batches:
-                if features is not None:
-                    data.write(features.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-                    data.flush()
-                lines = []
-                for picture, size, mtime_ns, reason in rows:
-                    line = [self.key(picture), size, mtime_ns, reason or count]
-                    count += not reason
-                    self.known[line[0]] = size, mtime_ns, file, line[3]
-                    lines.append(json.dumps(line) + "\n")
-                index.write("".join(lines).encode())
-                index.flush()
-
-    def __getitem__(self, picture: str) -> torch.Tensor:
-        _, _, file, row = self.known[self.key(picture)]
-        if file not in self.mapped:
-            path = self.folder / f"{file}.bin"
-            size = path.stat().st_size // self.dtype.itemsize
-            size -= size % math.prod(self.shape)  # of a killed process: its torn last row
-            flat = torch.from_file(str(path), size=size, dtype=self.dtype)
-            self.mapped[file] = flat.view(-1, *self.shape)
-        return self.mapped[file][row]
+Slot = tuple[Path, int]  # a file of features, and the row in it
 
 
-def open_features(base: Base, folder: str, fallback: str) -> FeatureStore:
-    """The store for this base in `folder`/.features, or in `fallback` if that can't be written.
-
-    Its name is a hash of all that changes the features: weights, processor, dtype, decoding.
-    """
-    digest = hashlib.sha256(f"{base.dtype} {DECODING}".encode())
-    settings = base.processor.image_processor.to_dict()
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in base.model.state_dict().items():
+def hash_vision_side(captioner: Captioner) -> str:
+    """Of all that changes the features: weights, processor, dtype, decoding."""
+    words = [captioner.dtype, DECODING, captioner.processor.image_processor.to_json_string()]
+    for name, tensor in captioner.model.state_dict().items():
         if name.startswith(("vision_model.", "qformer.", "query_tokens")):
-            digest.update(f"{name} {tensor.shape} {torch.hash_tensor(tensor).item()}".encode())
-    place = f"{folder}/.features"
-    if not os.access(place if os.path.isdir(place) else folder, os.W_OK):
-        place = fallback
-    shape = base.num_query_tokens, base.model.config.qformer_config.hidden_size
-    return FeatureStore(Path(place, digest.hexdigest()[:16]), shape, base.dtype)
+            words += [name, tensor.shape, torch.hash_tensor(tensor).item()]
+    return hashlib.sha256(" ".join(map(str, words)).encode()).hexdigest()[:16]
 
 
-@torch.no_grad()
-def encode(base: Base, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(pictures, 3, height, width) to the Q-Former's (pictures, num_query_tokens, hidden)."""
-    pixel_values = pixel_values.to(base.device, base.dtype, non_blocking=True)
-    features = base.model.get_image_features(pixel_values).qformer_outputs[0]
-    return features.to(base.dtype)  # transformers keeps the Q-Former in float32 beside float16
+def feature_folder(train_dir: str, output_dir: str, key: str) -> Path:
+    """TRAIN_DIR/.features/<key>, or, where that can't be written, OUTPUT_DIR.features/<key>."""
+    folder = Path(train_dir, ".features")
+    if not os.access(folder if folder.exists() else train_dir, os.W_OK):
+        folder = Path(f"{output_dir}.features")
+    (folder / key).mkdir(parents=True, exist_ok=True)
+    return folder / key
 
 
-def encode_pictures(base: Base, store: FeatureStore, pictures: list[str], workers: int) -> None:
-    """Decodes and encodes those pictures that the store does not know in their present state."""
-    new = [picture for picture in pictures if not store.knows(picture)]
-    print(f"pictures: {len(new)} to encode, {len(pictures) - len(new)} known from an earlier run")
-    PartialState().wait_for_everyone()  # what one has encoded would be missing in another's list
-    if own := share(new):
-        batches = read_pictures(own, base.processor, workers, "encoding")
-        store.append((rows, None if p is None else encode(base, p)) for rows, p in batches)
-    PartialState().wait_for_everyone()
-    store.read()
-    if any(store.key(picture) not in store.known for picture in pictures):
-        raise UserError(NOT_SHARED)
+def picture_key(path: str, root: str) -> str:
+    """By these a picture is known again: relative path, size, time of the last change."""
+    try:
+        state = os.stat(path)
+        return f"{relative(path, root)} {state.st_size} {state.st_mtime_ns}"
+    except OSError:
+        return f"{relative(path, root)} is not there"
 
 
-# ---- Dataset ------------------------------------------------------------------------------------
+def list_features(folder: Path) -> dict[str, Slot]:
+    """Where the features of each picture_key are: what all processes have written."""
+    slots = {}
+    for file in folder.glob("*.safetensors"):
+        with contextlib.suppress(SafetensorError), safe_open(file, "pt") as batch:  # damaged:
+            for row, key in enumerate(json.loads(batch.metadata()["pictures"])):  # encoded anew
+                slots[key] = file, row
+    return slots
 
 
-def tokenize_captions(
-    captions: Iterable[str], base: Base, prompt: str, limit: int
-) -> tuple[dict[str, list[int]], int]:
-    """The ids of each caption, at most `limit`, then the stop token; and how many were cut.
+def encode_pictures(
+    captioner: Captioner, pictures: list[str], root: str, folder: Path, workers: int
+) -> tuple[dict[str, Slot], list[Skipped]]:
+    """Encodes what is not known. Returns where the features of each picture are, and who has none.
 
-    After a prompt comes a space, but for Flan-T5, whose decoder begins with the caption. Raises
-    UserError where the model has too few positions for `limit`.
+    Each batch is a file of its own, so that no two processes write the same one. Raises UserError.
     """
-    room = getattr(base.model.config.text_config, "max_position_embeddings", None)
-    if room and len(base.prefix) + limit + 1 > room:
-        raise UserError(f"picture, PROMPT and MAX_CAPTION_TOKENS = {limit} need more than the "
-                        f"{room} positions of this model. Lower MAX_CAPTION_TOKENS.")
-    space, tokenized, cut = " " if prompt and not base.is_t5 else "", {}, 0
-    for caption in dict.fromkeys(captions):
-        ids = base.processor.tokenizer(
-            space + caption, add_special_tokens=False, split_special_tokens=True).input_ids
-        cut += len(ids) > limit
-        tokenized[caption] = ids[:limit] + [base.stop]
-    return tokenized, cut
+    keys = {picture: picture_key(picture, root) for picture in pictures}
+    known, skipped = list_features(folder), []
+    new = [picture for picture, key in keys.items() if key not in known]
+    print(f"pictures: {len(new)} to encode, {len(keys) - len(new)} known from an earlier run")
+    PartialState().wait_for_everyone()  # what one has encoded would be missing in another's list
+    processor = captioner.processor.image_processor
+    for batch in read_pictures(share(new), processor, workers, "encoding"):
+        skipped += [(one.path, one.reason) for one in batch if one.reason]
+        if good := [one for one in batch if not one.reason]:
+            features = captioner.encode([one.pixel_values for one in good]).cpu()
+            names = json.dumps([keys[one.path] for one in good])
+            with whole_file(folder / f"{uuid.uuid4().hex}.safetensors") as file:
+                file.write(save({"features": features}, {"pictures": names}))
+    skipped = sorted(gather_object(skipped))  # which also waits for all
+    known, broken = list_features(folder), {path for path, _ in skipped}
+    if any(key not in known and picture not in broken for picture, key in keys.items()):
+        raise UserError(NOT_SHARED)
+    return {picture: known[key] for picture, key in keys.items() if key in known}, skipped
+
+
+@functools.lru_cache(maxsize=4096)
+def map_features(file: Path) -> torch.Tensor:
+    """(pictures, num_query_tokens, hidden), read from the disk where it is used."""
+    return load_file(file)["features"]
+
+
+# ---- Datasets -----------------------------------------------------------------------------------
 
 
 class ImageCaptioningDataset(Dataset):
-    """A row for each pair: `index`, `features` (num_query_tokens, hidden), `input_ids`, `labels`.
+    """A Row for each pair, and the pictures with all their captions."""
 
-    OPT:     input_ids are image tokens, BOS, prompt, caption, stop; labels the last two of these
-    Flan-T5: input_ids are image tokens, prompt, </s>, for the encoder; labels caption, stop
-    """
-
-    def __init__(self, pairs: list[Pair], store: FeatureStore, tokenized: dict, base: Base) -> None:
-        self.pairs, self.store, self.tokenized, self.base = pairs, store, tokenized, base
+    def __init__(self, pairs: list[Pair], slots: dict[str, Slot], captioner: Captioner) -> None:
+        self.pairs, self.slots, self.captioner = pairs, slots, captioner
+        ids = {pair.caption: captioner.tokenize(pair.caption) for pair in pairs}
+        limit, stop = captioner.limit, captioner.stop
+        self.learned = {caption: [*some[:limit], stop] for caption, some in ids.items()}
+        self.cut = sum(len(some) > limit for some in ids.values())
+        self.references = defaultdict(list)  # picture: its captions
+        for picture, caption in pairs:
+            self.references[picture].append(caption)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def some(self, count: int) -> "ImageCaptioningDataset":
-        """At most `count` of the pairs."""
-        pairs = spread(self.pairs, count)
-        return ImageCaptioningDataset(pairs, self.store, self.tokenized, self.base)
+    def features(self, picture: str) -> torch.Tensor:
+        """(num_query_tokens, hidden)."""
+        file, row = self.slots[picture]
+        return map_features(file)[row]
 
-    def tokens(self) -> torch.Tensor:
-        """The number of learned tokens of each pair: its caption's, and the stop token."""
-        return torch.tensor([len(self.tokenized[pair.caption]) for pair in self.pairs])
+    def tokens(self, indices: Iterable[int]) -> list[int]:
+        """The number of learned tokens of pairs: their captions', and stop tokens."""
+        return [len(self.learned[self.pairs[i].caption]) for i in indices]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        pair, given = self.pairs[index], self.base.prefix
-        learned = self.tokenized[pair.caption]
-        return {
-            "index": index,
-            "features": self.store[pair.picture],
-            "input_ids": torch.tensor(given if self.base.is_t5 else given + learned),
-            "labels": torch.tensor((0 if self.base.is_t5 else len(given)) * [IGNORE] + learned),
-        }
+    def __getitem__(self, index: int) -> Row:
+        picture, caption = self.pairs[index]
+        return Row(self.features(picture), self.learned[caption])
 
 
-def collate_fn(rows: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
-    """A batch of rows, padded on the right, and its `attention_mask`."""
-
-    def padded(tensors: Iterable[torch.Tensor], value: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(list(tensors), True, value)
-
-    return {
-        "features": torch.stack([row["features"] for row in rows]),
-        "input_ids": padded((row["input_ids"] for row in rows), pad),
-        "attention_mask": padded((torch.ones_like(row["input_ids"]) for row in rows), 0),
-        "labels": padded((row["labels"] for row in rows), IGNORE),
-    }
-
-
-def describe_row(row: dict[str, Any], base: Base) -> str:
-    """A row decoded, what is learned in brackets: <image> x 32 | </s> | [a caption | '\\n']."""
-    decode, ids = base.processor.tokenizer.decode, row["input_ids"]
-    images = int((ids == base.model.config.image_token_index).sum())
-    learned = row["labels"][row["labels"] != IGNORE]
-    text = decode(ids[images : len(base.prefix)])
-    return f"<image> x {images} | {text} | [{decode(learned[:-1])} | {decode(learned[-1:])!r}]"
-
-
-# ---- Loss and captions --------------------------------------------------------------------------
-
-
-def embed_rows(model: PeftModel, batch: dict[str, torch.Tensor], base: Base) -> torch.Tensor:
-    """What the language model reads, (rows, tokens, width): projected features, then the text."""
-    image = model.language_projection(batch["features"].to(base.device, non_blocking=True))
-    ids = batch["input_ids"][:, base.num_query_tokens :].to(base.device, non_blocking=True)
-    text = model.get_input_embeddings()(ids)
-    return torch.cat([image.to(text.dtype), text], dim=1)
-
-
-def pair_losses(model: PeftModel, rows: list[dict[str, Any]], base: Base) -> torch.Tensor:
-    """Cross-entropy in float32, summed over each row's learned tokens, (rows,)."""
-    batch = collate_fn(rows, base.pad)
-    learned = batch["labels"] != IGNORE  # on the CPU: a mask on the GPU would be waited for
-    language_model = model.language_model
-    with base.autocast():
-        given = {"inputs_embeds": embed_rows(model, batch, base), "use_cache": False}
-        if base.is_t5:
-            shifted = language_model.prepare_decoder_input_ids_from_labels(batch["labels"])
-            given["decoder_input_ids"] = shifted.to(base.device, non_blocking=True)
-            given["attention_mask"] = batch["attention_mask"].to(base.device, non_blocking=True)
-            logits = language_model(**given).logits[learned]
-        else:  # causal, so that padding on the right needs no mask; a token is predicted before it
-            logits = language_model(**given, logits_to_keep=learned.roll(-1, dims=1)).logits
-    targets = batch["labels"][learned].to(base.device, non_blocking=True)
-    counts = learned.sum(dim=1).tolist()
-    each = zip(logits.split(counts), targets.split(counts), strict=True)
-    return torch.stack([F.cross_entropy(some.float(), ids, reduction="sum") for some, ids in each])
-
-
-def count_tokens(rows: list[dict[str, Any]]) -> int:
-    """Learned tokens: captions and stop tokens."""
-    return sum(int((row["labels"] != IGNORE).sum()) for row in rows)
-
-
-def batches_of(dataset: ImageCaptioningDataset, title: str) -> Iterator[list[dict]]:
-    """This process's rows of a data set, INFERENCE_BATCH at a time, with a progress bar."""
-    own = share(range(len(dataset)))
-    for start in tqdm(range(0, len(own), INFERENCE_BATCH), title, disable=None, leave=False):
-        yield [dataset[i] for i in own[start : start + INFERENCE_BATCH]]
-
-
-@torch.no_grad()
-def measure_losses(model: PeftModel, dataset: ImageCaptioningDataset) -> torch.Tensor:
-    """The loss of each pair, summed over its learned tokens, (pairs,), on the CPU."""
-    losses = torch.zeros(len(dataset), device=dataset.base.device)
-    for rows in batches_of(dataset, "measuring"):
-        losses[[row["index"] for row in rows]] = pair_losses(model, rows, dataset.base)
-    return reduce(losses, "sum").cpu()
-
-
-@torch.no_grad()
-def check_sight(model: PeftModel, dataset: ImageCaptioningDataset) -> None:
-    """Raises UserError where the loss is the same without the picture: nothing could be learned."""
-    rows = [dataset[i] for i in range(min(4, len(dataset)))]
-    blank = [row | {"features": torch.zeros_like(row["features"])} for row in rows]
-    seen, unseen = (pair_losses(model, some, dataset.base).sum().item() / count_tokens(rows)
-                    for some in (rows, blank))
-    print(f"picture check: loss {seen:.4f} with the pictures, {unseen:.4f} with blank ones")
-    if not math.isfinite(seen):
-        raise UserError(f"the loss is {seen} before any training. Set DTYPE to float32.")
-    if math.isclose(seen, unseen, rel_tol=1e-6):
-        raise UserError("the loss is the same with blank pictures: this model ignores them. "
-                        "Set MODEL_ID to another one.")
-
-
-@torch.no_grad()
-def generate_captions(
-    model: PeftModel, base: Base, features: torch.Tensor, limit: int
-) -> list[str]:
-    """Greedy captions of at most `limit` tokens for (pictures, num_query_tokens, hidden)."""
-    with base.autocast():
-        prefixes = torch.tensor([base.prefix] * len(features))
-        batch = {"features": features, "input_ids": prefixes}
-        inputs_embeds = embed_rows(model, batch, base)
-        output = model.language_model.generate(
-            inputs_embeds=inputs_embeds,
-            attention_mask=torch.ones_like(inputs_embeds[:, :, 0], dtype=torch.long),
-            max_new_tokens=limit + 1, do_sample=False, num_beams=1,
-            eos_token_id=base.stop, pad_token_id=base.pad).tolist()
-    ended = [ids[: ids.index(base.stop)] if base.stop in ids else ids for ids in output]
-    texts = base.processor.batch_decode(ended, skip_special_tokens=True)
-    return [text.strip() for text in texts]
-
-
-def caption_dataset(model: PeftModel, dataset: ImageCaptioningDataset, limit: int) -> list[str]:
-    """A generated caption for each pair."""
-    captions = []
-    for rows in batches_of(dataset, "captioning"):
-        features = torch.stack([row["features"] for row in rows])
-        texts = generate_captions(model, dataset.base, features, limit)
-        captions += [(row["index"], text) for row, text in zip(rows, texts, strict=True)]
-    return [text for _, text in sorted(gather_object(captions))]
-
-
-# ---- Output folder: whole or absent at every moment ----------------------------------------------
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Whole, old or new, whenever the process is killed: written aside, flushed, renamed."""
-    aside = path.with_name(path.name + ".part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def replace_csv(path: Path, rows: Iterable[Iterable]) -> None:
-    """A table, its header first."""
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    replace_file(path, text.getvalue().encode(errors="surrogateescape"))
-
-
-@contextlib.contextmanager
-def lock_output(folder: Path) -> Iterator[None]:
-    """Raises UserError where OUTPUT_DIR can't be written, or another run writes into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "w")
-    except OSError as error:
-        raise UserError(f"OUTPUT_DIR {str(folder)!r} can't be written: {error.strerror}. Name "
-                        "another folder.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(lock.fileno()).st_nlink:  # removed since it was opened: no lock
-                raise BlockingIOError
-        except BlockingIOError as error:
-            raise UserError(f"another run writes into OUTPUT_DIR {str(folder)!r} now. Name another "
-                            "folder, or stop that one.") from error
-        try:
-            yield
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
-
-
-def read_earlier_run(folder: Path) -> dict[str, Any]:
-    """settings.json of the run in OUTPUT_DIR; {}: there is none. Raises UserError."""
-    names = {path.name for path in folder.iterdir()} - {LOCK, "settings.json.part"}
-    if not names:
-        return {}
-    if "settings.json" not in names:
-        raise UserError(f"OUTPUT_DIR {str(folder)!r} holds files that are not from a run of this "
-                        "script, and stay as they are. Name another folder.")
-    try:
-        record = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        record["settings"].items()
-        return {name: record[name] for name in ("settings", "data", "dtype", "finished")}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'settings.json'} is damaged. Name another OUTPUT_DIR, or put "
-                        "that one aside.") from error
-
-
-def read_skipped(folder: Path) -> list[Skipped]:
-    """skipped.csv with its header; empty where it is not there."""
-    if not (folder / "skipped.csv").is_file():
-        return []
-    with open(folder / "skipped.csv", newline="", errors="surrogateescape") as file:
-        return [Skipped(*row) for row in csv.reader(file) if len(row) == len(Skipped._fields)]
-
-
-def fingerprint(data: Data, settings: argparse.Namespace) -> str:
-    """Of the pictures' relative paths, their sizes, and the captions."""
-    digest = hashlib.sha256()
-    for pairs, root in zip(data, (settings.TRAIN_DIR, settings.VALIDATION_DIR), strict=False):
-        for path, caption in pairs:
-            line = json.dumps([os.path.relpath(path, root), picture_state(path)[0], caption])
-            digest.update(line.encode())
-        digest.update(b"\n")
-    return f"{len(data.pairs) + len(data.validation)} pairs, {digest.hexdigest()[:16]}"
-
-
-def list_differences(earlier: dict[str, Any], settings: dict[str, Any], trace: str) -> list[str]:
-    """What makes this run another one than the earlier: settings, pictures, captions."""
-    old, new = earlier["settings"] | {"data": earlier["data"]}, settings | {"data": trace}
-    return [f"{'pictures or captions' if name == 'data' else name}: {old.get(name)!r} then, "
-            f"{new[name]!r} now" for name in sorted(new)
-            if name not in HARMLESS and old.get(name) != new[name]]
-
-
-def move_aside(folder: Path) -> None:
-    """Renames OUTPUT_DIR with the run in it, dated. The lock stays in the new OUTPUT_DIR."""
-    aside, number = f"{folder}-{time.strftime('%Y-%m-%d')}", 1
-    while os.path.lexists(name := aside + f"-{number}" * (number > 1)):
-        number += 1
-    folder.rename(name)
-    folder.mkdir()
-    os.rename(f"{name}/{LOCK}", folder / LOCK)
-    print(f"the earlier run is in {name} now")
-
-
-def describe_run(settings: argparse.Namespace, trace: str, base: Base) -> dict[str, Any]:
-    """settings.json: what --caption needs to load the adapter, and a person to repeat the run."""
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "pillow")
-    return {
-        "finished": False,
-        "settings": {name: value for name, value in vars(settings).items() if name.isupper()},
-        "data": trace,
-        "device": str(base.device),
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "processes": PartialState().num_processes,
-        "base_commit": getattr(base.model.config, "_commit_hash", None),
-        "language_model": base.model.config.text_config.model_type,
-        "stop_token": base.stop,
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
-        "results": {},
-    }
-
-
-def save_settings(folder: Path, record: dict[str, Any]) -> None:
-    """settings.json: see describe_run."""
-    replace_file(folder / "settings.json", (json.dumps(record, indent=2) + "\n").encode())
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """adapter_config.json, then adapter_model.safetensors, each at once."""
-    aside = folder / "adapter.part"
-    model.save_pretrained(aside, save_embedding_layers=False)  # else it would ask the Hub
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        replace_file(folder / name, (aside / name).read_bytes())
-    shutil.rmtree(aside)
-
-
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """<step>.pt: the SHA-256 of what torch.save writes, 32 bytes, and that. Two are kept."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    data = buffer.getvalue()
-    folder.mkdir(exist_ok=True)
-    replace_file(folder / f"{step:09}.pt", hashlib.sha256(data).digest() + data)
-    for old in sorted(folder.glob("*.pt"))[:-2]:
-        old.unlink()
-
-
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The newest one that is whole; {}: there is none. Damaged ones are named."""
-    for path in sorted(folder.glob("*.pt"), reverse=True):
-        data = path.read_bytes()
-        if hashlib.sha256(data[32:]).digest() == data[:32]:
-            return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
-        print(f"{path} is damaged: the one before it is taken")
-    return {}
-
-
-def open_metrics(path: Path, step: int) -> TextIO:
-    """metrics.csv, to append to, cut back to the rows until `step`."""
-    rows = []
-    if step and path.is_file():
-        with open(path, newline="", errors="replace") as file:
-            rows = [row for row in csv.reader(file) if len(row) == len(METRICS)
-                    and row[0].isdigit() and int(row[0]) <= step]
-    replace_csv(path, [METRICS, *rows])
-    return open(path, "a", newline="")
-
-
-# ---- Training -----------------------------------------------------------------------------------
+class Datasets(NamedTuple):
+    training: ImageCaptioningDataset
+    held_out: ImageCaptioningDataset
+    captioned: list[str]  # the held-out pictures that are captioned before and after
 
 
 def split_pairs(
     pairs: list[Pair], fraction: float, seed: int, root: str
 ) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs; captions of more than one picture give theirs first.
+    """Training and held-out pairs: all pairs of a picture are on one side.
 
-    Pairs are ranked by a hash of seed and path, so that a new picture does not reshuffle the rest.
+    Pictures are ranked by a hash of seed and path: a new one does not reshuffle the rest.
     """
 
-    def rank(pair: Pair) -> str:
-        name = f"{seed} {os.path.relpath(pair.picture, root)}"
+    def rank(picture: str) -> str:
+        name = f"{seed} {relative(picture, root)}"
         return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
 
-    wanted = min(len(pairs) - 1, max(1, round(len(pairs) * fraction))) if fraction else 0
-    left = Counter(pair.caption for pair in pairs)
-    shared, last = [], []
-    for pair in sorted(pairs, key=rank):
-        (shared if left[pair.caption] > 1 else last).append(pair)
-        left[pair.caption] -= 1
-    held_out = set((shared + last)[:wanted])
-    return [pair for pair in pairs if pair not in held_out], sorted(held_out)
+    ranked = sorted({pair.picture for pair in pairs}, key=rank)
+    count = min(len(ranked) - 1, max(1, round(len(ranked) * fraction))) if fraction else 0
+    held_out = set(ranked[:count])
+    return ([pair for pair in pairs if pair.picture not in held_out],
+            [pair for pair in pairs if pair.picture in held_out])
+
+
+def build_datasets(
+    settings: argparse.Namespace, captioner: Captioner, data: Data, features: Path
+) -> tuple[Datasets, list[Skipped]]:
+    """Encodes the pictures. Returns what is trained and measured on, and what can't be read.
+
+    Raises UserError where nothing is left.
+    """
+    pictures = list(dict.fromkeys(pair.picture for pair in data.pairs + data.validation))
+    slots, broken = encode_pictures(captioner, pictures, settings.TRAIN_DIR, features,
+                                    settings.NUM_WORKERS)
+    for part in (captioner.model.vision_model, captioner.model.qformer):
+        part.to("meta")  # its work is done, and its memory is for training
+    print_skipped(data.skipped + broken)
+    pairs, validation = ([pair for pair in some if pair.picture in slots]
+                         for some in (data.pairs, data.validation))
+    if not pairs or (settings.VALIDATION_DIR and not validation):
+        folder = settings.VALIDATION_DIR if pairs else settings.TRAIN_DIR
+        raise UserError(f"not one picture in {folder!r} can be read. --check says what is wrong "
+                        "with each.")
+    if not settings.VALIDATION_DIR:
+        pairs, validation = split_pairs(pairs, settings.VALIDATION_FRACTION, settings.SEED,
+                                        settings.TRAIN_DIR)
+    training, held_out = (ImageCaptioningDataset(some, slots, captioner)
+                          for some in (pairs, validation))
+    print(f"pairs: {len(pairs)} to train on, {len(validation)} held out")
+    if cut := training.cut + held_out.cut:
+        print(f"cut: {cut} captions, at MAX_CAPTION_TOKENS = {captioner.limit} tokens")
+    (features, learned), decode = training[0], captioner.tokenizer.decode
+    row = f"<image> x {len(features)} | {decode(captioner.prefix)} | [{decode(learned[:-1])} | "
+    print(f"row: {printable(row)}{decode(learned[-1:])!r}]  ([...] is learned)")
+    most = sys.maxsize if settings.VALIDATION_DIR else GENERATED
+    return Datasets(training, held_out, spread(list(held_out.references), most)), broken
+
+
+# ---- Measuring ----------------------------------------------------------------------------------
+
+
+def batches(items: Sequence, title: str) -> Iterator[Sequence]:
+    """This process's items, INFERENCE_BATCH at a time, with a progress bar."""
+    own = share(items)
+    for start in tqdm(range(0, len(own), INFERENCE_BATCH), title, disable=None, leave=False):
+        yield own[start : start + INFERENCE_BATCH]
+
+
+@torch.no_grad()
+def measure_losses(dataset: ImageCaptioningDataset) -> torch.Tensor:
+    """The loss of each pair, summed over its learned tokens, (pairs,), on the CPU."""
+    losses = torch.zeros(len(dataset), device=dataset.captioner.device)
+    for indices in batches(range(len(dataset)), "measuring"):
+        losses[list(indices)] = dataset.captioner.losses([dataset[i] for i in indices])
+    return reduce(losses, "sum").cpu()
+
+
+def held_out_loss(held_out: ImageCaptioningDataset) -> float:
+    """Per learned token; NaN with nothing held out. Raises UserError if it is not finite."""
+    if not len(held_out):
+        return math.nan
+    loss = measure_losses(held_out).sum().item() / sum(held_out.tokens(range(len(held_out))))
+    if not math.isfinite(loss):
+        raise UserError(f"the held-out loss is {loss}. {not_finite(held_out.captioner.dtype)}")
+    return loss
+
+
+def not_finite(dtype: torch.dtype) -> str:
+    """What to do about a loss that is not finite."""
+    return ("Lower LEARNING_RATE" + ", or set DTYPE to float32" * (dtype != torch.float32) +
+            ", and say --restart. If that does not help, delete the folder .features in TRAIN_DIR: "
+            "a damaged file there looks like this too.")
+
+
+def caption_held_out(datasets: Datasets) -> list[tuple[str, float]]:
+    """A caption and its confidence for each picture that is captioned."""
+    captions, held_out = {}, datasets.held_out
+    for pictures in batches(datasets.captioned, "captioning"):
+        texts = held_out.captioner.caption([held_out.features(path) for path in pictures])
+        captions |= zip(pictures, texts, strict=True)
+    captions = dict(gather_object(list(captions.items())))
+    return [captions[picture] for picture in datasets.captioned]
+
+
+class Captioned(NamedTuple):
+    """A held-out picture: a row of held_out.csv."""
+
+    picture: str
+    references: list[str]  # all its captions
+    before: str
+    after: str
+    confidence: float  # in the one after
+
+
+def count_ngrams(caption: str) -> Counter:
+    """Its n-grams of one to four words."""
+    words = re.findall(r"\w+(?:'\w+)?", caption.lower())
+    return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+
+
+def cider_d(captions: list[str], references: list[list[str]]) -> float:
+    """CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726) of captions, as coco-caption computes it.
+
+    `references` are those of each picture; idf is taken from them. 0 where it can say nothing.
+    """
+    counts = [[count_ngrams(text) for text in texts] for texts in references]
+    documents = Counter(gram for texts in counts for gram in set().union(*texts))
+
+    def weigh(grams: Counter, n: int) -> dict[tuple, float]:
+        return {gram: count * math.log(len(references) / max(1, documents[gram]))
+                for gram, count in grams.items() if len(gram) == n}
+
+    def compare(ours: Counter, theirs: Counter) -> float:
+        """The mean over n of the clipped cosine, less where lengths, in pairs of words, differ."""
+        total, lengths = 0.0, [sum(len(gram) == 2 for gram in grams.elements())
+                               for grams in (ours, theirs)]
+        for n in range(1, 5):
+            mine, other = weigh(ours, n), weigh(theirs, n)
+            norms = math.hypot(*mine.values()) * math.hypot(*other.values())
+            dot = sum(min(mine[gram], x) * x for gram, x in other.items() if gram in mine)
+            total += dot / norms if norms else 0.0
+        return total / 4 * math.exp(-((lengths[0] - lengths[1]) ** 2) / 72)
+
+    scores = [sum(compare(count_ngrams(caption), text) for text in texts) / len(texts)
+              for caption, texts in zip(captions, counts, strict=True)]
+    return 10 * sum(scores) / len(scores)
+
+
+def measure(rows: list[Captioned], when: str) -> dict[str, float | None]:
+    """The share of captions equal to a reference, and CIDEr-D; None where they say nothing."""
+    captions, references = [getattr(row, when) for row in rows], [row.references for row in rows]
+    exact = [text in texts for text, texts in zip(captions, references, strict=True)]
+    alike = len({text for texts in references for text in texts}) < 2
+    return {"exact": sum(exact) / len(exact) if exact else None,
+            "cider_d": None if alike or len(rows) < 2 else cider_d(captions, references)}
+
+
+# ---- Training -----------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)
@@ -1178,379 +1066,315 @@ def learning_rate(step: int, steps: int, highest: float, warmup_fraction: float)
 
 
 @contextlib.contextmanager
-def caught_signals(patient: bool) -> Iterator[list[int]]:
-    """Within, Ctrl-C and SIGTERM raise KeyboardInterrupt with the number, for the exit code.
-
-    If `patient`, the first one is only noted, in the list, and raised at the end.
-    """
+def noted_signals() -> Iterator[list[int]]:
+    """Within, the first Ctrl-C or SIGTERM is noted in the list. A second one kills at once."""
     noted: list[int] = []
 
-    def handle(number: int, _: Any) -> None:
-        if noted or not patient:
-            raise KeyboardInterrupt(number)
+    def note(number: int, _: Any) -> None:
         noted.append(number)
         os.write(2, b"\nstopping after this step; once more stops at once\n")
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
 
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
-    if noted:  # in the last step
-        raise KeyboardInterrupt(noted[0])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def rows_of_step(
-    dataset: ImageCaptioningDataset, step: int, batch_size: int, seed: int
-) -> list[dict[str, Any]]:
-    """The rows of all processes, longest first: a pure function."""
-    epoch, place = divmod(step, math.ceil(len(dataset) / batch_size))
-    chosen = epoch_order(len(dataset), seed, epoch)[place * batch_size : (place + 1) * batch_size]
-    return sorted((dataset[i] for i in chosen), key=lambda row: -len(row["labels"]))
+class Learner:
+    """LoRA's weights and all that changes them.
 
+    AdamW works on one float32 vector, `master`. The weights are parts of it, or, in a model of
+    another dtype, copies of its parts.
+    """
 
-def held_out_loss(model: PeftModel, held_out: ImageCaptioningDataset) -> float:
-    """Per learned token; NaN with nothing held out. Raises UserError if it is not finite."""
-    if not held_out.pairs:
-        return math.nan
-    loss = (measure_losses(model, held_out).sum() / held_out.tokens().sum()).item()
-    if not math.isfinite(loss):
-        raise UserError(f"the held-out loss is {loss}. Lower LEARNING_RATE, or set DTYPE to "
-                        "float32, and say --restart.")
-    return loss
+    def __init__(self, captioner: Captioner, adapter: PeftModel, weight_decay: float) -> None:
+        self.captioner, self.adapter, self.trouble = captioner, adapter, ""
+        named = {n: weight for n, weight in adapter.named_parameters() if weight.requires_grad}
+        self.weights = list(named.values())
+        flat = torch.cat([weight.detach().flatten().float() for weight in self.weights])
+        self.master = torch.nn.Parameter(flat)
+        self.master.grad = torch.zeros_like(flat)
+        parts = flat.split([weight.numel() for weight in self.weights])
+        self.parts = [part.view_as(w) for part, w in zip(parts, self.weights, strict=True)]
+        self.state_dict = dict(zip(named, self.parts, strict=True))  # for PEFT to save
+        for weight, part in zip(self.weights, self.parts, strict=True):
+            weight.data = part.to(captioner.dtype)
+        self.dropouts = torch.nn.ModuleList(
+            module for name, module in adapter.named_modules() if ".lora_dropout." in name)
+        self.optimizer = torch.optim.AdamW([self.master], weight_decay=weight_decay, fused=True)
+        self.scaler = torch.amp.GradScaler(captioner.device.type,
+                                           enabled=captioner.dtype == torch.float16)
+
+    def backward(self, rows: list[Row], tokens: int, micro_batch: int) -> torch.Tensor | None:
+        """The gradient of loss / tokens, into master.grad: the same, however the rows are split.
+
+        Returns each row's loss, (rows,); None: out of memory, and `trouble` says how.
+        """
+        losses = [torch.zeros(0, device=self.captioner.device)]
+        self.master.grad.zero_()
+        self.dropouts.train()  # all else stays in eval mode: frozen layers have dropout too
+        try:
+            for start in range(0, len(rows), micro_batch):
+                some = self.captioner.losses(rows[start : start + micro_batch])
+                loss = self.scaler.scale(some.sum() / tokens)
+                gradients = torch.autograd.grad(loss, self.weights)
+                self.master.grad += torch.cat([gradient.flatten() for gradient in gradients])
+                losses.append(some.detach())
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.trouble = str(error)
+            return None  # and the traceback, which held all activations, is gone
+        finally:
+            self.dropouts.eval()
+        return torch.cat(losses)
+
+    def add_up(self, losses: torch.Tensor | None, pairs: int, stop: bool) -> list[float]:
+        """Over all processes: the loss of each pair, who is out of memory, who stops; the norm.
+
+        Here a step waits for the GPU, once.
+        """
+        told = torch.zeros(pairs + 2, device=self.master.device)
+        told[pairs:].copy_(self.captioner.send([losses is None, stop]))
+        if losses is not None:
+            share(told[:pairs]).copy_(losses)
+        self.master.grad.copy_(reduce(self.master.grad, "sum"))
+        norm = self.master.grad.norm() / self.scaler.scale(torch.ones_like(told[:1]))
+        return torch.cat([reduce(told, "sum"), norm]).tolist()
+
+    def step(self, rate: float, norm: float, max_norm: float) -> None:
+        """Of AdamW; GradScaler leaves it out if the norm is not finite, and scales less then."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.scaler.unscale_(self.optimizer)
+        if max_norm:
+            self.master.grad *= min(1.0, max_norm / (norm + 1e-6))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.copy_parts()
+
+    @torch.no_grad()
+    def copy_parts(self) -> None:
+        """From `master` to the weights, where they are of another dtype."""
+        if self.captioner.dtype != torch.float32:
+            torch._foreach_copy_(self.weights, self.parts)
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint keeps of it."""
+        return {"master": self.master.detach().clone(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The opposite; also of `master` alone."""
+        self.master.data.copy_(state["master"])
+        self.copy_parts()
+        if len(state) > 1:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where a training run is, beside its weights and the optimizer's and scaler's state."""
+    """Where a run is, beside the state of its learner."""
 
-    captions: list[str]  # of the held-out pictures, before
+    captions: list[str]  # of the held-out pictures that are captioned, before
+    metrics: list[dict[str, float]]  # the rows of metrics.csv
+    pair_losses: torch.Tensor  # (training pairs,), summed over tokens and epochs
     micro_batch: int = sys.maxsize  # the most pairs at a time
     step: int = 0  # the next one
-    before: float = math.nan  # held-out loss
     best: float = math.inf  # held-out loss
-    best_epoch: int = 0
-    loss: float = 0.0  # of this epoch so far, summed over its learned tokens
-    tokens: int = 0
-    pairs: int = 0  # of all steps
-    seconds: float = 0.0
+    best_step: int = 0  # the step after which it was measured
+    best_master: torch.Tensor | None = None
 
 
 def train(
-    settings: argparse.Namespace,
-    accelerator: Accelerator,
-    model: PeftModel,
-    dataset: ImageCaptioningDataset,
-    held_out: ImageCaptioningDataset,
-) -> tuple[Progress, torch.Tensor]:
-    """The training loop, from the newest checkpoint in OUTPUT_DIR on, if there is one.
+    settings: argparse.Namespace, learner: Learner, datasets: Datasets, now: Progress, run: "Run"
+) -> None:
+    """The training loop, from `now` on; then the weights are those of the lowest held-out loss.
 
-    Saves and leaves in `model` the adapter of the lowest held-out loss. Returns with the progress
-    each training pair's loss, (pairs,), the mean over the epochs. Raises UserError on a loss that
-    is not finite, and where not even one pair fits into memory; KeyboardInterrupt after a signal,
-    when the step is done and saved.
+    Raises UserError on a loss that is not finite, and where not one pair fits into memory;
+    KeyboardInterrupt after a signal, when the step is done and saved.
     """
-    base, folder, is_main = dataset.base, Path(settings.OUTPUT_DIR), accelerator.is_main_process
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    dropouts = [module for name, module in model.named_modules() if ".lora_dropout." in name]
-    optimizer = torch.optim.AdamW(weights, weight_decay=settings.WEIGHT_DECAY, fused=True)
-    scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
-    # One tensor to add up over the processes: all gradients, then the loss, and how many processes
-    # are out of memory, have had a signal, want a checkpoint, want a new report.
-    sizes = [weight.numel() for weight in weights]
-    flat = torch.zeros(sum(sizes) + 5, device=base.device)
-    gradient, flags = flat[:-5], flat[-5:]
-    for weight, part in zip(weights, gradient.split(sizes), strict=True):
-        weight.grad = part.view_as(weight)
-    pair_sums = torch.zeros(len(dataset), device=base.device)
-    captioned, limit = held_out.some(GENERATED), settings.MAX_CAPTION_TOKENS
-
-    if checkpoint := load_checkpoint(folder / "checkpoint"):
-        now = Progress(**checkpoint["progress"])
-        for weight, kept in zip(weights, checkpoint["weights"], strict=True):
-            weight.data.copy_(kept)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        pair_sums += is_main * checkpoint["pair_sums"].to(base.device)
-    else:
-        now = Progress(caption_dataset(model, captioned, limit))
-    steps_per_epoch = math.ceil(len(dataset) / settings.BATCH_SIZE)
-    steps = steps_per_epoch * settings.EPOCHS
-    print(f"steps: {steps}, {steps_per_epoch} an epoch")
+    state, dataset = PartialState(), datasets.training
+    epoch_steps = math.ceil(len(dataset) / settings.BATCH_SIZE)
+    steps = epoch_steps * settings.EPOCHS
+    print(f"steps: {steps}, {epoch_steps} an epoch" + f", {now.step} done" * bool(now.step))
     if steps < FEW_STEPS:
-        print(f"  too few to learn much: try EPOCHS = {math.ceil(FEW_STEPS / steps_per_epoch)}")
-    metrics = open_metrics(folder / "metrics.csv", now.step) if is_main else io.StringIO()
-
-    def log(*values: Any) -> None:
-        csv.writer(metrics).writerow("" if value != value else value for value in values)  # NaN
-        row = {name: value for name, value in zip(METRICS, values, strict=True) if value == value}
-        accelerator.log(row, step=values[0])
-
-    with caught_signals(patient=True) as signals, metrics:
-        if now.step:
-            print(f"continuing after step {now.step}")
-        else:
-            now.before = held_out_loss(model, held_out)
-            log(0, 0, math.nan, math.nan, now.before, math.nan, math.nan, 0)
-        print(f"held-out loss before: {now.before:.4f}" if held_out.pairs else "nothing held out")
-        pause, drawn = 60 * settings.CHECKPOINT_MINUTES or math.inf, time.monotonic()
-        due = drawn + pause
-        rows = rows_of_step(dataset, now.step, settings.BATCH_SIZE, settings.SEED)
-        bar = tqdm(range(now.step, steps), "training", steps, initial=now.step, unit="step",
-                   disable=None)
-        for step in bar:
-            started = time.perf_counter()
-            rate = learning_rate(step, steps, settings.LEARNING_RATE, settings.WARMUP_FRACTION)
-            optimizer.param_groups[0]["lr"] = rate
-            tokens, own = count_tokens(rows), share(rows)
-            for dropout in dropouts:  # all else stays in eval mode: frozen layers have dropout too
-                dropout.train()
+        print(f"  too few to learn much: try EPOCHS = {math.ceil(FEW_STEPS / epoch_steps)}")
+    saved, pause = time.monotonic(), 60 * settings.CHECKPOINT_MINUTES or math.inf
+    bar = tqdm(total=steps, initial=now.step, desc="training", unit="step", disable=None)
+    with bar, noted_signals() as signals:
+        while now.step < steps:
+            started, (epoch, done) = time.perf_counter(), divmod(now.step, epoch_steps)
+            order = epoch_order(len(dataset), settings.SEED, epoch)[done * settings.BATCH_SIZE :]
+            pairs = sorted(order[: settings.BATCH_SIZE], key=lambda i: -dataset.tokens([i])[0])
+            rows, tokens = [dataset[i] for i in share(pairs)], sum(dataset.tokens(pairs))
             while True:  # until the step fits into memory
-                clock, losses = time.monotonic(), [pair_sums[:0]]
-                wanted = is_main and clock > due, is_main and clock > drawn + REPORT_SECONDS
-                flat.zero_()
-                flags.copy_(torch.tensor([0, 0, len(signals), *wanted]), non_blocking=True)
-                try:
-                    seed = (settings.SEED * 1_000_003 + step) * accelerator.num_processes
-                    torch.manual_seed(seed + accelerator.process_index)  # of the dropout
-                    for start in range(0, len(own), now.micro_batch):
-                        some = pair_losses(model, own[start : start + now.micro_batch], base)
-                        scaler.scale(some.sum() / tokens).backward()
-                        losses.append(some.detach())
-                except RuntimeError as error:
-                    if not should_reduce_batch_size(error):
-                        raise
-                    flags[1] = 1
-                some = None  # it and the traceback, which is gone by now, held all activations
-                flags[0] = torch.cat(losses).sum()
-                flat.copy_(reduce(flat, "sum"))
-                scale = scaler.scale(torch.ones_like(flags[:1]))
-                norm = gradient.norm() / scale
-                following = rows_of_step(dataset, step + 1, settings.BATCH_SIZE, settings.SEED)
-                for row in share(following):  # from the disk, while the GPU works
-                    row["features"] = row["features"].clone()
-                # The one synchronization of a step.
-                total, short, stop, save, draw, norm, scale = torch.cat(
-                    [flags, norm, scale]).tolist()
+                torch.manual_seed((settings.SEED * 1_000_003 + now.step) * state.num_processes
+                                  + state.process_index)  # of the dropout
+                losses = learner.backward(rows, tokens, now.micro_batch)
+                *losses, short, stop, norm = learner.add_up(losses, len(pairs), bool(signals))
                 if not short:
                     break
-                most = min(now.micro_batch, math.ceil(len(rows) / accelerator.num_processes))
+                most = min(now.micro_batch, math.ceil(len(pairs) / state.num_processes))
                 if most == 1:
                     raise UserError("not even one pair fits into memory. Lower MAX_CAPTION_TOKENS "
-                                    "or LORA_RANK, or set LOAD_IN_4BIT.")
+                                    f"or LORA_RANK, or set LOAD_IN_4BIT. ({learner.trouble})")
                 now.micro_batch = math.ceil(most / 2)
-                tqdm.write(f"out of memory: {now.micro_batch} pairs at a time from now on, "
-                           "same result")
                 torch.cuda.empty_cache()
-            for dropout in dropouts:
-                dropout.eval()
-            loss = total / tokens
-            # GradScaler leaves out a step whose gradient isn't finite, and scales less next time.
-            if not math.isfinite(loss) or (scale <= 1 and not math.isfinite(norm)):
-                pictures = ", ".join(dataset.pairs[row["index"]].picture for row in rows[:NAMED])
-                raise UserError(
-                    f"at step {step + 1} the loss is {loss} and the norm of its gradient {norm}, "
-                    f"with {printable(pictures)}. Lower LEARNING_RATE, or set DTYPE to float32, "
-                    "and say --restart.")
-            scaler.unscale_(optimizer)
-            if settings.MAX_GRAD_NORM:
-                gradient *= min(1.0, settings.MAX_GRAD_NORM / (norm + 1e-6))
-            scaler.step(optimizer)
-            scaler.update()
-            indices = torch.tensor([row["index"] for row in own], dtype=torch.long)
-            indices = indices.to(base.device, non_blocking=True)
-            pair_sums.index_add_(0, indices, torch.cat(losses))
+                tqdm.write(f"out of memory: {now.micro_batch} pairs at a time, same result")
+            loss = sum(losses) / tokens
+            learnable = math.isfinite(norm) or learner.scaler.get_scale() > 1
+            if not (math.isfinite(loss) and learnable):
+                names = ", ".join(printable(dataset.pairs[i].picture) for i in pairs[:NAMED])
+                raise UserError(f"at step {now.step + 1} the loss is {loss}, the norm of its "
+                                f"gradient {norm}, with {names}. "
+                                + not_finite(learner.captioner.dtype))
+            rate = learning_rate(now.step, steps, settings.LEARNING_RATE, settings.WARMUP_FRACTION)
+            learner.step(rate, norm, settings.MAX_GRAD_NORM)
+            now.step += 1
+            now.pair_losses[pairs] += torch.tensor(losses)
             seconds, after = time.perf_counter() - started, math.nan
-            now.step, now.loss, now.tokens = step + 1, now.loss + total, now.tokens + tokens
-            now.pairs, now.seconds = now.pairs + len(rows), now.seconds + seconds
+            if ended := now.step % epoch_steps == 0:
+                after = held_out_loss(datasets.held_out)
+                if not after >= now.best:  # with nothing held out, the last is kept
+                    now.best, now.best_step = after, now.step
+                    now.best_master = learner.master.detach().clone()
+            now.metrics.append(dict(zip(METRICS, (
+                now.step, epoch + 1, rate, loss, after, norm, len(pairs) / seconds,
+                now.metrics[-1]["seconds"] + seconds), strict=True)))
+            run.log(now.metrics[-1])
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            epoch, place = divmod(step, steps_per_epoch)
-            if ended := place == steps_per_epoch - 1:
-                after = held_out_loss(model, held_out)
-                improved = not after >= now.best  # with nothing held out, the last is kept
-                if improved:
-                    now.best, now.best_epoch = after, epoch + 1
-                if improved and is_main:
-                    save_adapter(model, folder)
-                measured = f"held-out {after:.4f}{' (best)' * improved}, " if held_out.pairs else ""
-                tqdm.write(f"epoch {epoch + 1}/{settings.EPOCHS}: loss {now.loss / now.tokens:.4f},"
-                           f" {measured}{now.pairs / now.seconds:.1f} pairs/s")
-                now.loss, now.tokens = 0.0, 0
-            log(step + 1, epoch + 1, rate, loss, after, norm, len(rows) / seconds, now.seconds)
-            if ended or stop or save:
-                metrics.flush()
-                sums = reduce(pair_sums, "sum")
-                if is_main:
-                    save_checkpoint(folder / "checkpoint", now.step, {
-                        "progress": dataclasses.asdict(now), "pair_sums": sums,
-                        "weights": [weight.detach() for weight in weights],
-                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
-                due = time.monotonic() + pause
+            bar.update()
+            if ended:
+                mean = sum(row["train_loss"] for row in now.metrics[-epoch_steps:]) / epoch_steps
+                best = " (best)" * (now.best_step == now.step)
+                tqdm.write(f"epoch {epoch + 1}/{settings.EPOCHS}: loss {mean:.4f}"
+                           + f", held-out loss {after:.4f}{best}" * math.isfinite(after))
+            if ended or stop or time.monotonic() > saved + pause:
+                run.save(now, learner)
+                saved = time.monotonic()
             if stop:
                 raise KeyboardInterrupt(*signals[:1])
-            if ended and draw:
-                shown = captioned.some(settings.SAMPLE_COUNT)
-                texts = spread(now.captions, settings.SAMPLE_COUNT), caption_dataset(
-                    model, shown, limit)
-                if is_main:
-                    attempt(draw_report, folder, list_samples(shown, *texts), {})
-                drawn = time.monotonic()
-            rows = following
-    accelerator.wait_for_everyone()
-    best = load_file(folder / "adapter_model.safetensors", device=str(base.device))
-    set_peft_model_state_dict(model, best)
-    return now, reduce(pair_sums, "sum").cpu() / settings.EPOCHS
+        if signals:  # in the last step
+            raise KeyboardInterrupt(*signals[:1])
+    learner.load({"master": now.best_master})
 
 
-# ---- Report -------------------------------------------------------------------------------------
+# ---- What a run leaves --------------------------------------------------------------------------
 
 
-class Sample(NamedTuple):
-    """A held-out picture."""
-
-    picture: str
-    reference: str  # its caption
-    before: str
-    after: str
+def save_record(folder: Path, record: dict[str, Any]) -> None:
+    """settings.json; with `results`, the run is finished."""
+    with whole_file(folder / "settings.json") as file:
+        file.write((json.dumps(record, indent=2) + "\n").encode())
 
 
-def list_samples(
-    dataset: ImageCaptioningDataset, before: list[str], after: list[str]
-) -> list[Sample]:
-    """The pairs of a data set, their captions as the model is taught them, and generated ones."""
-    decode = dataset.base.processor.tokenizer.decode
-    return [Sample(pair.picture, decode(dataset.tokenized[pair.caption][:-1]).strip(), *texts)
-            for pair, *texts in zip(dataset.pairs, before, after, strict=True)]
+def save_adapter(folder: Path, record: dict[str, Any], learner: Learner) -> None:
+    """What --caption needs, PEFT and transformers; the weights in float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    learner.adapter.save_pretrained(folder, state_dict=learner.state_dict,
+                                    save_embedding_layers=False)  # else PEFT asks the Hub
+    learner.captioner.processor.save_pretrained(folder)
+    save_record(folder, record)
 
 
-def attempt(make: Callable, *arguments: Any) -> int:
-    """Calls what must never cost the adapter. Returns the exit code."""
-    try:
-        make(*arguments)
-    except Exception as error:
-        if getattr(error, "errno", None):  # a full disk: the run continues when there is room
-            raise
-        what = make.__name__.replace("_", " ")
-        print(f"error: could not {what}: {error!r}. The adapter is saved.", file=sys.stderr)
-        return 1
-    return 0
+def list_pairs(split: str, dataset: ImageCaptioningDataset, losses: torch.Tensor) -> list[tuple]:
+    """Rows of pairs.csv: split, loss per token, tokens, picture, caption; highest loss first."""
+    tokens = dataset.tokens(range(len(dataset)))
+    rows = [(split, round(loss / count, 4), count, *pair) for pair, loss, count
+            in zip(dataset.pairs, losses.tolist(), tokens, strict=True)]
+    return sorted(rows, key=lambda row: -row[1])
 
 
-def find_fonts(text: str) -> tuple[list[str], str]:
-    """Installed font families that can show `text` together, and the characters that none can."""
-    from matplotlib import font_manager, ft2font
-
-    families = ["DejaVu Sans"]  # comes with matplotlib
-    missing = {letter for letter in text if unicodedata.category(letter)[0] not in "CZM"}
-    fonts = [font for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name]
-    for entry in sorted(fonts, key=lambda font: font.name != families[0]):
-        with contextlib.suppress(RuntimeError, OSError):  # of bitmaps, or gone since listed
-            font = ft2font.FT2Font(entry.fname)
-            found = {letter for letter in missing if font.get_char_index(ord(letter))}
-            families += [entry.name] * bool(found)
-            missing -= found
-        if not missing:
-            break
-    return families, "".join(sorted(missing))
-
-
-def summarize(
-    done: Progress, dataset: ImageCaptioningDataset, samples: list[Sample]
-) -> dict[str, Any]:
-    """What was learned, in figures."""
-    results = {"training_pairs": len(dataset), "steps": done.step,
-               "training_seconds": round(done.seconds, 1),
-               "pairs_per_second": round(done.pairs / done.seconds, 1)}
-    if samples:
-        results |= {"best_epoch": done.best_epoch, "held_out_loss_before": round(done.before, 4),
-                    "held_out_loss_after": round(done.best, 4)}
-        for when in ("before", "after"):
-            exact = sum(getattr(sample, when) == sample.reference for sample in samples)
-            results[f"exact_captions_{when}"] = f"{exact} of {len(samples)}"
-    return results
+def summarize(rows: list[Captioned], datasets: Datasets, now: Progress) -> dict[str, Any]:
+    """`results` of settings.json, with `remarks` on what is wrong. None: nothing can be said."""
+    before, after = measure(rows, "before"), measure(rows, "after")
+    measures = {name: {"before": before[name], "after": after[name]} for name in before}
+    loss: dict[str, float | None] = {"before": None, "after": None}
+    if rows:
+        loss = {"before": now.metrics[0]["held_out_loss"], "after": now.best}
+    alike, alike_references = (
+        max(Counter(texts).values(), default=0) / max(1, len(rows))
+        for texts in ([row.after for row in rows], [row.references[0] for row in rows]))
+    remarks = {
+        "nothing is held out, so that nothing can be measured": not rows,
+        "CIDEr-D is '-': it needs two held-out pictures or more, with captions that differ":
+            bool(rows) and after["cider_d"] is None,
+        "the held-out loss is not below that before training: lower LEARNING_RATE, or add pictures":
+            bool(rows) and not loss["after"] < loss["before"],
+        "nearly all held-out captions are alike: lower LEARNING_RATE, and look at held_out.csv":
+            alike >= 0.9 > alike_references}
+    return {"training_pairs": len(datasets.training), "held_out_pairs": len(datasets.held_out),
+            "captioned": len(rows), "steps": now.step, "best_step": now.best_step,
+            "seconds": round(now.metrics[-1]["seconds"], 1), "held_out_loss": loss, **measures,
+            "remarks": [remark for remark, holds in remarks.items() if holds]}
 
 
-def draw_report(folder: Path, samples: list[Sample], results: dict[str, Any]) -> None:
-    """report.png: the losses in metrics.csv; pictures with reference, caption before and after."""
+def describe_results(results: dict[str, Any]) -> dict[str, str]:
+    """As they are printed, drawn and put into the card."""
+    shown = {name: str(value) for name, value in results.items() if name != "remarks"}
+    for name in ("held_out_loss", "exact", "cider_d"):
+        before, after = results[name].values()
+        if before is None:
+            shown[name] = "-"
+        elif name == "exact":
+            count = results["captioned"]
+            shown[name] = f"{before * count:.0f} before, {after * count:.0f} after, of {count}"
+        else:
+            shown[name] = f"{before:.4f} before, {after:.4f} after"
+    return shown
+
+
+def draw_report(folder: Path, record: dict[str, Any]) -> None:
+    """report.png: the losses in metrics.csv; pictures of held_out.csv with their captions."""
     from matplotlib.figure import Figure  # takes a second
 
-    samples = spread(samples, 12)
-    families, missing = find_fonts("".join(text for sample in samples for text in sample[1:]))
-    lines = math.ceil(len(samples) / 2)
+    rows = [Captioned(row["picture"], json.loads(row["references"]), row["before"], row["after"],
+                      float(row["confidence"])) for row in read_csv(folder / "held_out.csv")]
+    rows = spread(rows, min(12, record["settings"]["SAMPLE_COUNT"]))
+    lines = math.ceil(len(rows) / 2)
     figure = Figure(figsize=(13, 4 + 1.8 * lines), layout="constrained")
     grid = figure.add_gridspec(1 + lines, 4, height_ratios=[4, *[1.8] * lines],
-                               width_ratios=[1.8, 4.7, 1.8, 4.7])
-    losses = figure.add_subplot(grid[0, :])
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for name, style in (("train_loss", {"lw": 1, "marker": ".", "ms": 3, "color": "tab:blue",
-                                        "label": "training"}),
-                        ("held_out_loss", {"marker": "o", "color": "tab:orange",
-                                           "label": "held out"})):
-        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-        losses.plot(*zip(*points, strict=True), **style)
+                               width_ratios=[1.8, 4.7] * 2)
+    losses, metrics = figure.add_subplot(grid[0, :]), read_csv(folder / "metrics.csv")
+    for name, style, label in (("train_loss", ".-", "training"),
+                               ("held_out_loss", "o-", "held out")):
+        points = [(int(row["step"]), float(row[name])) for row in metrics if row[name]]
+        if points:
+            losses.plot(*zip(*points, strict=True), style, lw=1, ms=5, label=label)
     losses.update_datalim([(0, 0)])
     losses.autoscale_view()  # so that there is room above the highest
     losses.locator_params("x", integer=True)
-    losses.set(xlabel="step", ylabel="loss per token", ylim=(0, None))
-    losses.set_title(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value
-                               in results.items() if name.startswith(("held_out_loss", "exact")))
-                     or "nothing held out" * (not points))
+    shown = describe_results(record["results"])
+    title = "; ".join(f"{name.replace('_', ' ')}: {shown[name]}"
+                      for name in ("held_out_loss", "exact", "cider_d"))
+    losses.set(xlabel="step", ylabel="loss per token", ylim=(0, None), title=title)
     losses.legend(frameon=False)
     losses.spines[["top", "right"]].set_visible(False)
-    for number, sample in enumerate(samples):
+    for number, row in enumerate(rows):
         line, column = 1 + number // 2, number % 2 * 2
         picture, words = (figure.add_subplot(grid[line, column + i]) for i in (0, 1))
         picture.axis("off")
         words.axis("off")
-        with contextlib.suppress(PictureError):  # it is gone by now
-            picture.imshow(read_picture(sample.picture, 224))
-        exact, height = sample.after == sample.reference, 1.0
-        for text, color in ((f"caption: {sample.reference}", "black"),
-                            (f"before: {sample.before}", "gray"),
-                            (f"{'✓' if exact else '✗'} after: {sample.after}",
+        with contextlib.suppress(Exception):  # it is gone by now
+            picture.imshow(read_picture(row.picture, 224))
+        exact, height = row.after in row.references, 1.0
+        for text, color in ((f"caption: {' / '.join(row.references)}", "black"),
+                            (f"before: {row.before}", "gray"),
+                            (f"{'✓' if exact else '✗'} after: {row.after}",
                              "tab:green" if exact else "tab:red")):
             wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in text)
             wrapped = textwrap.wrap(text, 24 if wide else 48, max_lines=3, placeholder=" ...")
-            words.text(0, height, "\n".join(wrapped), color=color, family=families, va="top",
-                       parse_math=False, transform=words.transAxes, in_layout=False)
+            words.text(0, height, "\n".join(wrapped), color=color, family=FONTS, va="top",
+                       parse_math=False, transform=words.transAxes, in_layout=False, clip_on=True)
             height -= 0.1 * len(wrapped) + 0.03
-    if missing:
-        figure.supxlabel(f"No installed font has {len(missing)} of the characters: they are boxes.")
-    image = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a line for every box
-        figure.savefig(image, format="png")
-    replace_file(folder / "report.png", image.getvalue())
-
-
-def save_pairs(
-    folder: Path, parts: dict[str, tuple[ImageCaptioningDataset, torch.Tensor]]
-) -> list[list]:
-    """pairs.csv: split, loss per token, tokens, picture, caption; the highest loss first.
-
-    `parts` are data sets and the summed loss of each of their pairs, by the name of the split.
-    """
-    rows = []
-    for split, (dataset, losses) in parts.items():
-        tokens = dataset.tokens()
-        figures = zip(dataset.pairs, (losses / tokens).tolist(), tokens.tolist(), strict=True)
-        rows += [[split, round(loss, 4), count, *pair] for pair, loss, count in figures]
-    rows.sort(key=lambda row: -row[1])
-    header = ["split", "loss", "tokens", "picture", "caption"]
-    replace_csv(folder / "pairs.csv", [header, *rows])
-    return rows
-
-
-def log_report(folder: Path, accelerator: Accelerator, step: int) -> None:
-    """Hands report.png to the trackers that take pictures."""
-    with Image.open(folder / "report.png") as picture:
-        pixels = np.asarray(picture.convert("RGB"))[None]
-    for tracker in accelerator.trackers:
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        if hasattr(tracker, "log_images"):
-            tracker.log_images({"report": pixels}, step=step, **layout)
+    with whole_file(folder / "report.png") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a line for every letter that no font has
+        figure.savefig(file, format="png")
 
 
 CARD = """---
@@ -1563,11 +1387,9 @@ A LoRA adapter for `{base}`, whose language model was loaded in {loaded}.
 
 | | |
 |---|---|
-{figures}
-
-{samples}
-
-![Losses, and held-out pictures](report.png)
+{results}
+{remarks}
+![Losses, and held-out pictures with their caption, that before and that after](report.png)
 
 ## Load it
 
@@ -1575,14 +1397,15 @@ A LoRA adapter for `{base}`, whose language model was loaded in {loaded}.
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import {config}Blip2ForConditionalGeneration, Blip2Processor
+from transformers import BitsAndBytesConfig, Blip2ForConditionalGeneration, Blip2Processor
 
-folder = {folder!r}  # where this is, or its name on the Hub
+folder = {name!r}  # where this is, or its name on the Hub
 dtype = torch.{dtype}
-{nf4}processor = Blip2Processor.from_pretrained(folder)
+quantization = {quantization}
+processor = Blip2Processor.from_pretrained(folder)
 base = Blip2ForConditionalGeneration.from_pretrained(
-    {base!r}, dtype=dtype, {quantization}device_map="auto")
-model = PeftModel.from_pretrained(base, folder).eval()
+    {base!r}, dtype=dtype, quantization_config=quantization, device_map="auto")
+model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).eval()
 
 picture = Image.open("picture.jpg").convert("RGB")
 inputs = processor(images=picture, text={prompt!r}, return_tensors="pt").to(base.device, dtype)
@@ -1590,252 +1413,360 @@ ids = model.generate(**inputs, max_new_tokens={tokens}){cut}
 print(processor.decode(ids[0], skip_special_tokens=True).strip())
 ```
 
-## Settings and versions
-
-```json
-{settings}
-```
-
-The licence of the base model holds for what is made from it.{licence}
+The licence of the base model holds for what is made from it; that of OPT is for research only.
 """
 
 
-CARD_NF4 = f"""nf4 = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules={UNQUANTIZED})
-"""
-
-
-def save_card(folder: Path, samples: list[Sample], record: dict[str, Any]) -> None:
-    """README.md: a model card for the Hub, with what is in settings.json, and a few samples."""
-    settings, is_t5 = record["settings"], record["language_model"] == "t5"
-    base, dtype, in_4bit = settings["MODEL_ID"], record["dtype"], settings["LOAD_IN_4BIT"]
-    on_hub = not os.path.isdir(base)
+def write_card(folder: Path, record: dict[str, Any]) -> None:
+    """README.md: a model card for the Hub."""
+    settings, base = record["settings"], record["settings"]["MODEL_ID"]
     metadata = ModelCardData(
-        base_model=base if on_hub else None, library_name="peft",
-        pipeline_tag="image-to-text", tags=["blip-2", "lora", "image-captioning"],
-        license="apache-2.0" if is_t5 and on_hub else "other",
-        license_name=None if is_t5 and on_hub else "opt" if on_hub else "of-the-base-model",
-        metrics=["loss", "exact_match"])
-    figures = (f"| {name.replace('_', ' ')} | {value} |" for name, value
-               in record["results"].items())
-    header = ["| caption | before | after |", "|---|---|---|"] * bool(samples)
-    shown = (" | ".join(printable(text).replace("|", "/") for text in sample[1:])
-             for sample in spread(samples, 6))
+        base_model=None if os.path.isabs(base) else base, library_name="peft", license="other",
+        pipeline_tag="image-to-text", tags=["blip-2", "lora", "image-captioning"])
+    nf4 = ",\n".join(f"    {name}={value!r}" for name, value in NF4.items())
     card = CARD.format(
-        metadata=metadata.to_yaml(), name=folder.resolve().name, base=base, dtype=dtype,
-        figures="\n".join(figures), samples="\n".join([*header, *(f"| {row} |" for row in shown)]),
-        loaded="4 bits" if in_4bit else dtype, folder=str(folder),
-        nf4=CARD_NF4 * in_4bit, config="BitsAndBytesConfig, " * in_4bit,
-        quantization="quantization_config=nf4, " * in_4bit,
-        prompt=settings["PROMPT"], tokens=settings["MAX_CAPTION_TOKENS"] + 1,
-        cut="" if is_t5 else '[:, inputs["input_ids"].shape[1] :]',
-        licence=" OPT's weights are for research only." * (on_hub and not is_t5),
-        settings=json.dumps({name: record[name] for name in ("settings", "versions")}, indent=2))
-    replace_file(folder / "README.md", str(ModelCard(card)).encode(errors="surrogateescape"))
+        metadata=metadata.to_yaml(), name=Path(os.path.abspath(settings["OUTPUT_DIR"])).name,
+        base=base, dtype=record["dtype"], prompt=settings["PROMPT"],
+        loaded="4 bits" if settings["LOAD_IN_4BIT"] else record["dtype"],
+        quantization=f"BitsAndBytesConfig(\n{nf4},\n    bnb_4bit_compute_dtype=dtype)"
+        if settings["LOAD_IN_4BIT"] else None,
+        results="\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value
+                          in describe_results(record["results"]).items()),
+        remarks="".join(f"\nTo look at: {remark}.\n" for remark in record["results"]["remarks"]),
+        tokens=settings["MAX_CAPTION_TOKENS"] + 1,
+        cut='[:, inputs["input_ids"].shape[1] :]' if record["language_model"] == "opt" else "")
+    with whole_file(folder / "README.md") as file:
+        file.write(str(ModelCard(card)).encode(errors="surrogateescape"))
+
+
+def make_pages(folder: Path, record: dict[str, Any]) -> int:
+    """Report and card, where they are missing. Returns the exit code: 1 if one can't be made."""
+    code = 0
+    for name, make in (("report.png", draw_report), ("README.md", write_card)):
+        try:
+            if not (folder / name).exists():
+                make(folder, record)
+        except OSError:  # a full disk: the same command goes on when there is room
+            raise
+        except Exception as error:  # these must never cost the adapter
+            print(f"error: {name} can't be made: {error!r}. The adapter is saved; the same command "
+                  "tries again.", file=sys.stderr)
+            code = 1
+    return code
+
+
+# ---- Runs: one folder, and one file to continue from, until all is done -------------------------
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run is known by, and where it writes."""
+
+    output: Path  # OUTPUT_DIR, where it is when it is finished
+    folder: Path  # where it is until then
+    record: dict[str, Any]  # settings.json
+    accelerator: Accelerator
+
+    def log(self, row: dict[str, float]) -> None:
+        """A row of metrics.csv, to the tracker."""
+        known = {name: value for name, value in row.items() if value == value}  # no NaN
+        self.accelerator.log(known, step=row["step"])
+
+    def save(self, now: Progress, learner: Learner) -> None:
+        """What the run continues from, and before, if it is the best so far, the adapter."""
+        if not self.accelerator.is_main_process:
+            return
+        if now.best_step == now.step:
+            save_adapter(self.folder, self.record, learner)
+        buffer = io.BytesIO()  # of a full disk, torch.save itself has no sentence
+        torch.save({"record": self.record, "progress": vars(now), "learner": learner.state()},
+                   buffer)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_csv(self.folder / "metrics.csv", [METRICS, *(row.values() for row in now.metrics)])
+        with whole_file(self.folder / "checkpoint.pt") as file:
+            file.write(buffer.getbuffer())
+
+
+def fingerprint(settings: argparse.Namespace, data: Data) -> str:
+    """Of the pictures' relative paths, their sizes, and the captions."""
+    digest = hashlib.sha256()
+    for pairs, root in zip(data, (settings.TRAIN_DIR, settings.VALIDATION_DIR), strict=False):
+        for picture, caption in pairs:
+            size = picture_key(picture, root).rpartition(" ")[0]  # not the time: it may be a copy
+            digest.update(f"{size}\n{caption}\n".encode(errors="surrogateescape"))
+        digest.update(b"\n")
+    return f"{len(data.pairs) + len(data.validation)} pairs, {digest.hexdigest()[:16]}"
+
+
+def describe_model(captioner: Captioner) -> dict[str, Any]:
+    """What a record says of the loaded model."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "pillow")
+    return {"vision_side": hash_vision_side(captioner),
+            "language_model": captioner.model.config.text_config.model_type,
+            "device": str(captioner.device), "dtype": str(captioner.dtype).removeprefix("torch."),
+            "base_commit": getattr(captioner.model.config, "_commit_hash", None),
+            "processes": PartialState().num_processes,
+            "versions": {name: version(name) for name in packages}}
+
+
+def list_differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What makes this run another one than the earlier, of what is known now."""
+    old, new = (record["settings"] | {
+        "pictures or captions": record.get("data"),
+        "the vision side of MODEL_ID": record.get("vision_side"),
+        "pictures that can't be read": record.get("unreadable")} for record in (earlier, now))
+    return [f"{name}: {old.get(name)!r} then, {value!r} now" for name, value in new.items()
+            if name not in HARMLESS and value is not None and old.get(name) != value]
+
+
+def refuse_another(checkpoint: dict[str, Any], run: Run) -> None:
+    """Raises UserError where a checkpoint, {} for none, is that of another run."""
+    if changed := list_differences(checkpoint["record"], run.record) if checkpoint else []:
+        raise UserError("\n  ".join([
+            f"{str(run.folder)!r} holds an unfinished run, and:", *changed, "Set that back to "
+            "continue, give --restart to train anew, or name another OUTPUT_DIR."]))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The settings.json of a run; {}: there is none, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        record = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        return record if isinstance(record.get("settings"), dict) else {}
+    return {}
+
+
+def find_checkpoint(run: Run, restart: bool) -> dict[str, Any] | None:
+    """What to continue from, {} for a new run; None: it is finished. Raises UserError."""
+    path, earlier = run.folder / "checkpoint.pt", read_record(run.output)
+    if run.output.exists() and any(run.output.iterdir()) and not earlier:
+        raise UserError(f"OUTPUT_DIR {str(run.output)!r} holds files that are not from a run of "
+                        "this script, and stay as they are. Name another folder.")
+    if restart:
+        return {}
+    if path.exists():
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises a dozen kinds
+            raise UserError(f"{str(path)!r} is damaged: {error}. Put back a copy of it, or give "
+                            "--restart to train anew.") from error
+        refuse_another(checkpoint, run)
+        return checkpoint
+    return None if earlier.get("results") and not list_differences(earlier, run.record) else {}
+
+
+def begin(
+    settings: argparse.Namespace, captioner: Captioner, datasets: Datasets,
+    checkpoint: dict[str, Any],
+) -> tuple[Learner, Progress]:
+    """A learner, and where it is: at the checkpoint, or {}, at the start."""
+    torch.manual_seed(settings.SEED)  # of the adapter's first weights
+    adapter = add_lora(captioner.model, settings.LORA_TARGETS, settings.LORA_RANK,
+                       settings.LORA_ALPHA, settings.LORA_DROPOUT)
+    learner = Learner(captioner, adapter, settings.WEIGHT_DECAY)
+    if captioner.device.type == "cuda":  # a backward makes cuBLAS's handles, while there is room
+        learner.backward([datasets.training[0]], 1, 1)
+    if checkpoint:
+        learner.load(checkpoint["learner"])
+        return learner, Progress(**checkpoint["progress"])
+    before = dict.fromkeys(METRICS, math.nan) | {"step": 0, "epoch": 0, "seconds": 0.0}
+    before["held_out_loss"] = held_out_loss(datasets.held_out)
+    print(f"held-out loss before: {before['held_out_loss']:.4f}" if len(datasets.held_out)
+          else "nothing held out: the last adapter is saved")
+    captions = [text for text, _ in caption_held_out(datasets)]
+    return learner, Progress(captions, [before], torch.zeros(len(datasets.training)))
+
+
+def finish(
+    run: Run, learner: Learner, datasets: Datasets, now: Progress, skipped: list[Skipped]
+) -> int:
+    """All that a run leaves, in an order in which it can be killed and finished again.
+
+    Returns the exit code: 1 without report or card.
+    """
+    losses, captions = measure_losses(datasets.held_out), caption_held_out(datasets)
+    if not run.accelerator.is_main_process:
+        return 0
+    folder, settings, references = run.folder, run.record["settings"], datasets.held_out.references
+    save_adapter(folder, run.record, learner)
+    pairs = [list_pairs("train", datasets.training, now.pair_losses / settings["EPOCHS"]),
+             list_pairs("held out", datasets.held_out, losses)]
+    rows = [Captioned(picture, references[picture], before, *after) for picture, before, after
+            in zip(datasets.captioned, now.captions, captions, strict=True)]
+    record = run.record | {"not_used": len(skipped), "results": summarize(rows, datasets, now)}
+    write_csv(folder / "pairs.csv", [("split", "loss", "tokens", "picture", "caption"),
+                                     *itertools.chain(*pairs)])
+    write_csv(folder / "held_out.csv", [Captioned._fields, *(
+        row._replace(references=json.dumps(row.references, ensure_ascii=False)) for row in rows)])
+    write_csv(folder / "skipped.csv", [("path", "reason"), *skipped])
+    for page in ("report.png", "README.md"):  # PEFT's, or of an earlier try
+        (folder / page).unlink(missing_ok=True)
+    code = make_pages(folder, record)
+    save_record(folder, record)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    put_in_place(run.output)
+    print_summary(record, rows, pairs)
+    print(f"adapter:         {run.output}")
+    return code
+
+
+def print_summary(record: dict, rows: list[Captioned], pairs: list[list[tuple]]) -> None:
+    """Some captions, the hardest pairs, and the results."""
+    for row in spread(rows, record["settings"]["SAMPLE_COUNT"]):
+        print(f"{printable(row.picture)}\n  reference: {printable(' / '.join(row.references))}\n"
+              f"  before:    {printable(row.before)}\n  after:     {printable(row.after)}")
+    print("highest losses, perhaps wrong captions (pairs.csv has all):")
+    for split, loss, _, picture, caption in itertools.chain(*(some[:3] for some in pairs)):
+        print(f"  {loss:.3f} {split}, {printable(picture)}: "
+              f"{textwrap.shorten(printable(caption), 60)}")
+    for name, value in describe_results(record["results"]).items():
+        print(f"{name + ':':<17}{value}")
+    for remark in record["results"]["remarks"]:
+        print(f"to look at:      {remark}")
+
+
+def put_in_place(output: Path) -> None:
+    """Renames a finished run to OUTPUT_DIR, and what was there by the date."""
+    folder = Path(f"{output}.unfinished")
+    if (folder / "checkpoint.pt").exists() or not read_record(folder).get("results"):
+        return
+    for path in folder.iterdir():  # their content, before their name
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+    if output.exists() and any(output.iterdir()):
+        name = f"{output}-{time.strftime('%Y-%m-%d')}"
+        names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+        aside = next(name for name in names if not os.path.lexists(name))
+        output.rename(aside)
+        print(f"the earlier run is in {aside} now")
+    elif output.exists():
+        output.rmdir()
+    folder.rename(output)
+
+
+def fine_tune(settings: argparse.Namespace, data: Data) -> int:
+    """A run, or the rest of it. Returns the exit code."""
+    accelerator = Accelerator(cpu=settings.DEVICE == "cpu", log_with=settings.LOG_WITH or None,
+                              project_dir=f"{settings.OUTPUT_DIR}.unfinished")
+    output = Path(os.path.realpath(settings.OUTPUT_DIR))  # of a link, what it points to
+    record = {"settings": {name: getattr(settings, name) for name in SETTINGS},
+              "data": fingerprint(settings, data)}
+    run = Run(output, Path(f"{output}.unfinished"), record, accelerator)
+    with contextlib.ExitStack() as stack:
+        stack.callback(accelerator.end_training)
+        if accelerator.is_main_process:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{output}.lock", timeout=0))
+            put_in_place(output)
+        accelerator.wait_for_everyone()
+        checkpoint = find_checkpoint(run, settings.restart)
+        step = checkpoint["progress"]["step"] if checkpoint else checkpoint
+        seen = gather_object([(run.record, step)])
+        if any(list_differences(seen[0][0], record) or step != seen[0][1] for record, step in seen):
+            raise UserError(NOT_SHARED)
+        if checkpoint is None:
+            print(f"this run is finished: its adapter is in {output}. To train anew, change a "
+                  "setting or give --restart.")
+            return make_pages(output, read_record(output)) if accelerator.is_main_process else 0
+        if checkpoint:
+            settings.DTYPE = checkpoint["record"]["dtype"]  # whatever this device's would be
+        captioner = load_captioner(settings)
+        run.record |= describe_model(captioner)
+        refuse_another(checkpoint, run)
+        features = feature_folder(settings.TRAIN_DIR, str(output), run.record["vision_side"])
+        datasets, broken = build_datasets(settings, captioner, data, features)
+        run.record["unreadable"] = [path for path, _ in broken]
+        refuse_another(checkpoint, run)
+        learner, now = begin(settings, captioner, datasets, checkpoint)
+        accelerator.init_trackers("blip2", config=run.record["settings"])
+        if not now.step:
+            run.log(now.metrics[0])
+        train(settings, learner, datasets, now, run)
+        return finish(run, learner, datasets, now, data.skipped + broken)
 
 
 # ---- Commands -----------------------------------------------------------------------------------
 
 
-def caption_pictures(paths: list[str], output: Path, device: str, workers: int) -> int:
-    """Prints path<TAB>caption for pictures, and those in folders, with the adapter in `output`.
+def check_pictures(settings: argparse.Namespace, data: Data) -> int:
+    """Lists every pair, and what is not used. Returns the exit code: 1 if no pair is left."""
+    captions, skipped, readable = defaultdict(list), list(data.skipped), set()
+    for picture, caption in data.pairs + data.validation:
+        captions[picture].append(caption)
+    for batch in read_pictures(list(captions), None, settings.NUM_WORKERS, "checking"):
+        skipped += [(one.path, one.reason) for one in batch if one.reason]
+        readable |= {one.path for one in batch if not one.reason}
+        for path, caption in ((p, text) for p, *_, why in batch if not why for text in captions[p]):
+            print(f"{printable(path)}\t{printable(caption)}")
+    print_skipped(skipped, named=sys.maxsize)
+    counts = [sum(pair.picture in readable for pair in some) for some in data[:2]]
+    print(f"pairs: {sum(counts)}")
+    return 0 if all(counts if settings.VALIDATION_DIR else counts[:1]) else 1
 
-    Base, prompt, dtype and quantization are those of the training. All else goes to stderr.
+
+def caption_pictures(settings: argparse.Namespace) -> int:
+    """Prints path<TAB>caption<TAB>confidence for pictures, and those in folders.
+
+    Adapter, base, prompt and quantization are those in OUTPUT_DIR. All else goes to stderr.
     Returns the exit code: 1 if a picture could not be captioned.
     """
-    skipped: list[Skipped] = []
+    skipped, output = [], settings.OUTPUT_DIR
     pictures = []
-    for path in paths:
-        if not os.path.exists(path):
-            raise UserError(f"there is no picture or folder {path!r}.")
-        pictures += list_files(path, skipped) if os.path.isdir(path) else [path]
+    for path in settings.caption:
+        found = list_files(path, skipped) if os.path.isdir(path) else [path]
+        pictures += [file for file in found  # captions beside pictures are no pictures
+                     if file == path or not file.lower().endswith((".txt", ".csv", ".jsonl"))]
     if not pictures:
-        raise UserError(f"there is no picture in {printable(', '.join(paths))}. Name other folders "
-                        "or files.")
+        raise UserError(f"there is no file in {settings.caption}. Name pictures, or folders.")
     try:
-        record = json.loads((output / "settings.json").read_text(encoding="utf-8"))
-        trained, dtype = argparse.Namespace(**record["settings"]), record["dtype"]
-        dtype = "auto" if dtype == "float16" else dtype  # which not every device has
-        if not record["finished"]:
-            print("this run is not finished: the adapter is its best so far", file=sys.stderr)
+        record = read_record(Path(output))
+        trained = argparse.Namespace(**record["settings"] | {
+            "DEVICE": settings.DEVICE, "NUM_BEAMS": settings.NUM_BEAMS})
+        if record["dtype"] != "float16":  # which not every device has
+            trained.DTYPE = record["dtype"]
+        load_file(f"{output}/adapter_model.safetensors")  # else peft would look for it on the Hub
         with contextlib.redirect_stdout(sys.stderr):
-            base = load_base(trained.MODEL_ID, trained.PROMPT, device, dtype, trained.LOAD_IN_4BIT)
-        load_file(output / "adapter_model.safetensors")  # else peft would look for it on the Hub
-        model = PeftModel.from_pretrained(base.model, str(output), torch_device=str(base.device))
-    except UserError:
-        raise
-    except Exception as error:  # missing and damaged files raise a dozen kinds
-        if should_reduce_batch_size(error):
-            raise
-        raise UserError(f"OUTPUT_DIR {str(output)!r} holds no adapter that can be read: {error}. "
+            captioner = load_captioner(trained)
+        PeftModel.from_pretrained(captioner.model, output, torch_device=str(captioner.device),
+                                  autocast_adapter_dtype=False)
+    except (OSError, KeyError, AttributeError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"OUTPUT_DIR {output!r} holds no adapter that can be read: {error!r}. "
                         "Train one first.") from error
-    for rows, pixel_values in read_pictures(pictures, base.processor, workers, "captioning"):
-        skipped += [Skipped("picture", path, reason) for path, _, _, reason in rows if reason]
-        usable = [path for path, _, _, reason in rows if not reason]
-        if usable:
-            features = encode(base, pixel_values)
-            captions = generate_captions(model, base, features, trained.MAX_CAPTION_TOKENS)
-            for path, caption in zip(usable, captions, strict=True):
-                tqdm.write(f"{printable(path)}\t{printable(caption)}")  # to stdout, past the bar
+    processor = captioner.processor.image_processor
+    for batch in read_pictures(pictures, processor, settings.NUM_WORKERS, "captioning"):
+        skipped += [(one.path, one.reason) for one in batch if one.reason]
+        if good := [one for one in batch if not one.reason]:
+            texts = captioner.caption(captioner.encode([one.pixel_values for one in good]))
+            for one, (text, confidence) in zip(good, texts, strict=True):  # to stdout, past the bar
+                tqdm.write(f"{printable(one.path)}\t{printable(text)}\t{confidence:.4f}")
             sys.stdout.flush()
-    for row in skipped:
-        print(printable(f"not captioned: {row.path}: {row.reason}"), file=sys.stderr)
+    with contextlib.redirect_stdout(sys.stderr):
+        print_skipped(skipped, named=sys.maxsize)
     return 1 if skipped else 0
 
 
-def run(settings: argparse.Namespace) -> int:
-    """What the settings and flags ask for, from the pairs to the summary. Returns the exit code."""
+def run_command(settings: argparse.Namespace) -> int:
+    """What the settings and flags ask for. Returns the exit code."""
     # Who fails before this is waited for without end; a download or an encoding pass may be slow.
-    state = PartialState(cpu=settings.DEVICE == "cpu", timeout=timedelta(days=1))
+    cpu = getattr(settings, "DEVICE", "") == "cpu"
+    state = PartialState(cpu=cpu, timeout=timedelta(days=1))
     if int(os.environ.get("WORLD_SIZE", 1)) > state.num_processes:
         raise UserError("several processes were started, but there is no GPU for them. Mend that, "
                         "or try it with --device cpu.")
     check_settings(settings)
-    output = Path(settings.OUTPUT_DIR)
     if settings.caption:
-        return caption_pictures(settings.caption, output, settings.DEVICE, settings.NUM_WORKERS)
-
-    data = find_data(settings)
+        return caption_pictures(settings)
+    named = sys.maxsize if settings.check else NAMED
+    (pairs, skipped), (validation, more) = (find_pairs(folder, named) if folder else ([], [])
+                                            for folder in (settings.TRAIN_DIR,
+                                                           settings.VALIDATION_DIR))
+    data = Data(pairs, validation, skipped + more)
+    if copies := find_copies(*({pair.picture for pair in some} for some in (validation, pairs))):
+        print(f"warning: {len(copies)} pictures of VALIDATION_DIR are in TRAIN_DIR too, and make "
+              f"the held-out loss too good: {', '.join(map(printable, copies[:NAMED]))}")
     if settings.check:
-        return check_pictures(data.pairs + data.validation, data.skipped, settings.NUM_WORKERS)
-
-    accelerator = Accelerator(cpu=settings.DEVICE == "cpu", log_with=settings.LOG_WITH or None,
-                              project_dir=settings.OUTPUT_DIR)
-    try:
-        with lock_output(output) if accelerator.is_main_process else contextlib.nullcontext():
-            return fine_tune(settings, accelerator, data)
-    finally:
-        accelerator.end_training()
-
-
-def find_earlier_run(
-    settings: argparse.Namespace, accelerator: Accelerator, trace: str
-) -> tuple[dict[str, Any], bool]:
-    """The run that is in OUTPUT_DIR, {} for none, and whether this one continues it.
-
-    Raises UserError where that is another, unfinished one, and where processes see other files.
-    """
-    output = Path(settings.OUTPUT_DIR)
-    accelerator.wait_for_everyone()  # for the lock
-    earlier = read_earlier_run(output) if (output / LOCK).exists() else None
-    seen = gather_object([(trace, earlier, vars(settings))])
-    if [files[:2] for files in seen] != [seen[0][:2]] * len(seen):
-        raise UserError(NOT_SHARED)
-    if different := {name for *_, own in seen for name in own
-                     if name not in HARMLESS and own[name] != seen[0][2][name]}:
-        raise UserError(f"the processes have different values of {', '.join(sorted(different))}. "
-                        "Give all machines the same settings.")
-    changed = list_differences(earlier, vars(settings), trace) if earlier else []
-    if changed and not earlier["finished"] and not settings.restart:
-        raise UserError("\n  ".join([
-            f"OUTPUT_DIR {str(output)!r} holds an unfinished run, and:", *changed,
-            "Set that back to continue, give --restart to move that run aside, or name another "
-            "OUTPUT_DIR."]))
-    return earlier, bool(earlier) and not changed and not settings.restart
-
-
-def build_datasets(
-    settings: argparse.Namespace, base: Base, data: Data
-) -> tuple[ImageCaptioningDataset, ImageCaptioningDataset]:
-    """Encodes the pictures. Returns what to train on, and what is held out.
-
-    Adds what can't be read to `data.skipped`. Raises UserError where nothing is left.
-    """
-    pairs, validation, skipped = data
-    store = open_features(base, settings.TRAIN_DIR, f"{settings.OUTPUT_DIR}.features")
-    left_out = {row.path for row in skipped}
-    pictures = [p.picture for p in pairs + validation if p.picture not in left_out]
-    encode_pictures(base, store, pictures, settings.NUM_WORKERS)
-    for part in (base.model.vision_model, base.model.qformer):
-        part.to("meta")  # its work is done, and its memory is for training
-    broken = {picture: reason for picture in pictures if (reason := store.reason(picture))}
-    skipped += [Skipped("picture", *item) for item in broken.items()]
-    print_skipped(skipped)
-    left_out |= broken.keys()
-    pairs, validation = ([pair for pair in some if pair.picture not in left_out]
-                         for some in (pairs, validation))
-    if not pairs or (settings.VALIDATION_DIR and not validation):
-        folder = settings.VALIDATION_DIR if pairs else settings.TRAIN_DIR
-        raise UserError(f"not one picture in {folder!r} can be read. Replace them; --check says "
-                        "what is wrong with each.")
-    captions = [pair.caption for pair in pairs + validation]
-    limit = settings.MAX_CAPTION_TOKENS
-    tokenized, cut = tokenize_captions(captions, base, settings.PROMPT, limit)
-    if cut:
-        print(f"cut: {cut} captions, at MAX_CAPTION_TOKENS = {limit} tokens")
-    if not settings.VALIDATION_DIR:
-        pairs, validation = split_pairs(pairs, settings.VALIDATION_FRACTION, settings.SEED,
-                                        settings.TRAIN_DIR)
-    print(f"pairs: {len(pairs)} to train on, {len(validation)} held out")
-    dataset = ImageCaptioningDataset(pairs, store, tokenized, base)
-    print(f"row: {printable(describe_row(dataset[0], base))}  ([...] is learned)")
-    return dataset, ImageCaptioningDataset(validation, store, tokenized, base)
-
-
-def fine_tune(settings: argparse.Namespace, accelerator: Accelerator, data: Data) -> int:
-    """All of a run that writes, under the lock of OUTPUT_DIR. Returns the exit code."""
-    output, skipped = Path(settings.OUTPUT_DIR), data.skipped
-    trace = fingerprint(data, settings)
-    earlier, continuing = find_earlier_run(settings, accelerator, trace)
-    if continuing and earlier["finished"]:
-        shutil.rmtree(output / "checkpoint", ignore_errors=True)  # killed just before this
-        print(f"this run is finished: its adapter is in {output}. To train anew, change a setting "
-              "or give --restart.")
-        return 0
-    if accelerator.num_processes > 1:
-        print(f"processes: {accelerator.num_processes}, {settings.BATCH_SIZE} pairs a step in all")
-    earlier_skipped = read_skipped(output) if continuing else []
-    found = {pair.picture for pair in data.pairs + data.validation}
-    skipped += [row for row in earlier_skipped if row.path in found]  # even if it is readable now
-    count = len(skipped)
-    dtype = earlier["dtype"] if continuing else settings.DTYPE
-    base = load_base(settings.MODEL_ID, settings.PROMPT, settings.DEVICE, dtype,
-                     settings.LOAD_IN_4BIT)
-    dataset, held_out = build_datasets(settings, base, data)
-    if earlier_skipped and len(skipped) > count:
-        raise UserError(f"{printable(skipped[-1].path)} could be read when this run began, and now "
-                        f"it {skipped[-1].reason}. Put it back, or give --restart.")
-    torch.manual_seed(settings.SEED)  # of the adapter's first weights
-    model = add_lora(base.model, settings.LORA_TARGETS, settings.LORA_RANK, settings.LORA_ALPHA,
-                     settings.LORA_DROPOUT)
-    check_sight(model, dataset)
-
-    record = describe_run(settings, trace, base)
-    if accelerator.is_main_process:
-        if earlier and not continuing:
-            move_aside(output)
-        save_settings(output, record)
-        replace_csv(output / "skipped.csv", [Skipped._fields, *skipped])
-        base.processor.save_pretrained(output)
-    accelerator.init_trackers("blip2", config=record["settings"])
-    accelerator.wait_for_everyone()
-    done, train_losses = train(settings, accelerator, model, dataset, held_out)
-    held_out_losses, captioned = measure_losses(model, held_out), held_out.some(GENERATED)
-    after = caption_dataset(model, captioned, settings.MAX_CAPTION_TOKENS)
-    if not accelerator.is_main_process:
-        return 0
-
-    samples = list_samples(captioned, done.captions, after)
-    shown = spread(samples, settings.SAMPLE_COUNT)
-    results = summarize(done, dataset, samples)
-    record |= {"finished": True, "results": results | {"not_used": len(skipped)}}
-    parts = {"train": (dataset, train_losses), "held out": (held_out, held_out_losses)}
-    worst = save_pairs(output, parts)[:3]
-    code = attempt(draw_report, output, shown, results)
-    code |= code or attempt(log_report, output, accelerator, done.step)
-    code |= attempt(save_card, output, samples, record)
-    save_settings(output, record)
-    shutil.rmtree(output / "checkpoint")
-    for sample in shown:
-        print("{}\n  reference: {}\n  before:    {}\n  after:     {}".format(
-            *map(printable, sample)))
-    print("highest losses, perhaps wrong captions (pairs.csv has all):")
-    for _, loss, _, picture, caption in worst:
-        print(printable(f"  {loss:.3f} {picture}: {textwrap.shorten(caption, 60)}"))
-    for name, value in {**record["results"], "adapter": output}.items():
-        print(f"{name + ':':<23}{value}")
-    return code
+        return check_pictures(settings, data)
+    return fine_tune(settings, data)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1843,49 +1774,44 @@ def main(argv: list[str] | None = None) -> int:
     errors, who = sys.stderr, ""
     if process := int(os.environ.get("RANK", 0)):  # one of several: the first speaks for all
         who = f"process {process}: "
-        print(f"{who}started; the first one says how it goes")
         sys.stdout = sys.stderr = open(os.devnull, "w")
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what matters about a picture raises
-    transformers.utils.logging.set_verbosity_error()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # in a notebook
             stream.reconfigure(errors="backslashreplace")  # file names may be no valid Unicode
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    for talkative in ("PIL", "matplotlib"):  # what matters about a picture raises
+        logging.getLogger(talkative).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="PIL|transformers|peft|matplotlib")
+
+    def stop(number: int, _: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)  # as Ctrl-C
     try:
-        settings = parse_arguments(argv)
-        with caught_signals(patient=False):
-            return run(settings)
+        return run_command(parse_arguments(argv))
+    except KeyboardInterrupt as interrupt:
+        print(f"{who}stopped; the same command continues, without --restart", file=errors)
+        return 128 + (interrupt.args or (signal.SIGINT,))[0]
     except UserError as error:
-        problem = str(error)
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            problem = (f"{error}. What it read is kept. Lower NUM_WORKERS if memory is short, and "
-                       "run the same command again.")
-        elif should_reduce_batch_size(error):
-            problem = ("out of memory. Set LOAD_IN_4BIT, lower MAX_CAPTION_TOKENS, or free memory. "
-                       f"({error})")
-        elif isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            problem = f"another process has ended, or can't be reached; see what it says. ({error})"
-        else:
-            raise
-    except KeyboardInterrupt as stop:
-        without = " without --restart" * ("--restart" in (argv or sys.argv))
-        print(f"{who}stopped; the same command{without} continues", file=errors)
-        return 128 + (stop.args or (signal.SIGINT,))[0]
+        print(f"{who}error: {error}", file=errors)
+        return 1
     except BrokenPipeError:  # the reader has had enough: --check | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:  # a full disk, a folder that can't be renamed
-        # What safetensors and tokenizers can't write is no OSError: "... (os error 28)".
-        if not isinstance(error, OSError) and "(os error " not in str(error):
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError):
+            said = f"OSError {said}"
+        remedy = next((text for what, text in REMEDIES.items() if re.search(what, said)), "")
+        if not remedy:
             raise
-        problem = f"{error}. Mend that and run the same command again."
+        print(f"{who}error: {str(error).rstrip('.')}. {remedy}", file=errors)
+        return 1
     finally:
+        signal.signal(signal.SIGTERM, before)
         sys.stderr = errors  # of what is not expected, every process shows the traceback
-    print(f"{who}error: {problem}", file=errors)
-    return 1
 
 
 if __name__ == "__main__":

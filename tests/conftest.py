@@ -105,40 +105,57 @@ def small_data(tmp_path, sample) -> Path:
 def command(tmp_path, capsys):
     """finetune.main: command("--check", TRAIN_DIR=..., EPOCHS=1) -> (code, stdout, stderr).
 
-    OUTPUT_DIR is a new folder unless it is given, and nothing is read in other processes.
+    OUTPUT_DIR is a new folder unless it is given.
     """
 
     def call(*flags: str, **settings) -> tuple[int, str, str]:
-        settings = {"OUTPUT_DIR": tmp_path / "out", "NUM_WORKERS": 0} | settings
-        words = [part for name, value in settings.items()
-                 for part in ("--" + name.lower().replace("_", "-"), str(value))]
+        settings = {"OUTPUT_DIR": tmp_path / "out"} | settings
         capsys.readouterr()
-        code = finetune.main([*words, *flags])
+        code = finetune.main([*flags_of(settings), *flags])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
     return call
 
 
+def flags_of(settings: dict) -> list[str]:
+    """{"BATCH_SIZE": 4, "LOAD_IN_4BIT": False} as --batch-size 4 --no-load-in-4bit."""
+    words = []
+    for name, value in settings.items():
+        flag = name.lower().replace("_", "-")
+        yes_or_no = [f"--{'' if value else 'no-'}{flag}"]
+        words += yes_or_no if isinstance(value, bool) else ["--" + flag, str(value)]
+    return words
+
+
 @pytest.fixture
 def build(tmp_path):
-    """What a run has made when its training starts: base, store, tokenized, dataset, model."""
+    """What a run has made when its training starts: settings, pairs, captioner, dataset, learner.
 
-    def make(model_id: str, train_dir, in_4bit=False, prompt="", limit=64, dropout=0.0,
-             targets="attention") -> SimpleNamespace:  # fmt: skip
-        pairs, _, _ = finetune.find_pairs(str(train_dir))
-        base = finetune.load_base(model_id, prompt, "cpu", "auto", in_4bit)
-        store = finetune.open_features(base, str(train_dir), str(tmp_path / "features"))
-        finetune.encode_pictures(base, store, [pair.picture for pair in pairs], 0)
-        captions = [pair.caption for pair in pairs]
-        tokenized, _ = finetune.tokenize_captions(captions, base, prompt, limit)
-        dataset = finetune.ImageCaptioningDataset(pairs, store, tokenized, base)
+    LoRA's B is not zero, which would hide errors in the gradient of A.
+    """
+
+    def make(model_id: str, train_dir, **settings) -> SimpleNamespace:
+        settings = {"LOAD_IN_4BIT": False, "LORA_RANK": 8, "LORA_ALPHA": 16.0, "LORA_DROPOUT": 0.0,
+                    "DEVICE": "cpu", "OUTPUT_DIR": tmp_path / "out"} | settings
+        settings = finetune.parse_arguments(flags_of(
+            {"MODEL_ID": model_id, "TRAIN_DIR": train_dir} | settings))
+        finetune.check_settings(settings)
+        pairs, _ = finetune.find_pairs(settings.TRAIN_DIR)
+        captioner = finetune.load_captioner(settings)
+        pictures = [pair.picture for pair in pairs]
+        folder = tmp_path / "features" / finetune.hash_vision_side(captioner)
+        folder.mkdir(parents=True, exist_ok=True)
+        slots, _ = finetune.encode_pictures(captioner, pictures, settings.TRAIN_DIR, folder, 1)
+        dataset = finetune.ImageCaptioningDataset(pairs, slots, captioner)
         torch.manual_seed(3)
-        model = finetune.add_lora(base.model, targets, 8, 16.0, dropout)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # zero as it comes, which would hide errors in lora_A's gradient
+        adapter = finetune.add_lora(captioner.model, settings.LORA_TARGETS, settings.LORA_RANK,
+                                    settings.LORA_ALPHA, settings.LORA_DROPOUT)
+        for name, parameter in adapter.named_parameters():
+            if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
-        return SimpleNamespace(pairs=pairs, base=base, store=store, tokenized=tokenized,
-                               dataset=dataset, model=model)  # fmt: skip
+        learner = finetune.Learner(captioner, adapter, settings.WEIGHT_DECAY)
+        return SimpleNamespace(settings=settings, pairs=pairs, captioner=captioner, slots=slots,
+                               dataset=dataset, adapter=adapter, learner=learner)
 
     return make

@@ -7,23 +7,19 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
-from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
+from bitsandbytes.functional import has_avx512bf16
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from PIL import Image
+from test_training import rows_of, train
 from transformers import BitsAndBytesConfig, Blip2ForConditionalGeneration, Blip2Processor
 
 import finetune
 
 
 def plain_model(folder: str, in_4bit: bool = False) -> Blip2ForConditionalGeneration:
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=finetune.UNQUANTIZED,
-    )  # fmt: skip
+    nf4 = BitsAndBytesConfig(**finetune.NF4, bnb_4bit_compute_dtype=torch.float32)
     return Blip2ForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=nf4 if in_4bit else None
-    )
+        folder, dtype=torch.float32, quantization_config=nf4 if in_4bit else None)
 
 
 def live_inputs(folder: str, pair: finetune.Pair) -> dict[str, torch.Tensor]:
@@ -32,10 +28,11 @@ def live_inputs(folder: str, pair: finetune.Pair) -> dict[str, torch.Tensor]:
     return processor(images=Image.open(pair.picture), text=pair.caption, return_tensors="pt")
 
 
-def our_loss(built, rows) -> float:
-    with torch.no_grad():
-        losses = finetune.pair_losses(built.model, rows, built.base)
-    return losses.sum().item() / finetune.count_tokens(rows)
+@torch.no_grad()
+def our_losses(built, *rows: finetune.Row) -> list[float]:
+    """Of each row, per token."""
+    losses = built.captioner.losses(rows).tolist()
+    return [loss / len(row.learned) for loss, row in zip(losses, rows, strict=True)]
 
 
 def test_blind_to_the_picture(opt_base, small_data, build, report):
@@ -46,19 +43,17 @@ def test_blind_to_the_picture(opt_base, small_data, build, report):
     assert one.caption != other.caption
     text = processor.tokenizer(one.caption, return_tensors="pt")
     with torch.no_grad():
-        usual = [
-            model(**text, pixel_values=live_inputs(opt_base, pair)["pixel_values"],
-                  labels=text["input_ids"]).loss.item() for pair in (one, other)
-        ]  # fmt: skip
-    row = built.dataset[0]
-    ours = [our_loss(built, [row | {"features": built.store[p.picture]}]) for p in (one, other)]
+        usual = [model(**text, pixel_values=live_inputs(opt_base, pair)["pixel_values"],
+                       labels=text["input_ids"]).loss.item() for pair in (one, other)]
+    row, features = built.dataset[0], built.dataset.features(other.picture)
+    ours = our_losses(built, row, row._replace(features=features))
     assert usual[0] == usual[1]
     assert ours[1] > 2 * ours[0]
     report("Blind: the caption is tokenized without image tokens. Loss with its own picture, and "
            "with another one", f"{usual[0]:.3f}, {usual[1]:.3f}", f"{ours[0]:.3f}, {ours[1]:.3f}")
 
 
-def test_no_stop_token(opt_base, small_data, build, report, tmp_path):
+def test_no_stop_token(opt_base, small_data, build, report):
     """Captions shorter than those that the base writes: only a stop token can end them there."""
     for text in (small_data / "caption").iterdir():
         text.write_text(text.read_text().split(" over ")[0])
@@ -66,16 +61,12 @@ def test_no_stop_token(opt_base, small_data, build, report, tmp_path):
     for name in ("usual", "ours"):
         built = build(opt_base, small_data)
         if name == "usual":
-            for ids in built.tokenized.values():
-                assert ids.pop() == built.base.stop
-        settings = finetune.parse_arguments(["--epochs=40", "--learning-rate=3e-3",
-                                             f"--output-dir={tmp_path / name}"])  # fmt: skip
-        (tmp_path / name).mkdir()
-        finetune.train(settings, Accelerator(cpu=True), built.model, built.dataset, built.dataset)
-        captions = finetune.caption_dataset(built.model, built.dataset, 64)
+            built.dataset.learned = {k: ids[:-1] for k, ids in built.dataset.learned.items()}
+        train(built, EPOCHS=40, LEARNING_RATE=3e-3)
+        captions = built.captioner.caption([row.features for row in rows_of(built)])
         expected = [pair.caption for pair in built.pairs]
-        right[name] = sum(a == b for a, b in zip(captions, expected, strict=True))
-        begun = sum(a.startswith(b) for a, b in zip(captions, expected, strict=True))
+        right[name] = sum(a == b for (a, _), b in zip(captions, expected, strict=True))
+        begun = sum(a.startswith(b) for (a, _), b in zip(captions, expected, strict=True))
         assert begun == len(expected)  # the words themselves are learned either way
     assert right["usual"] == 0 and right["ours"] == len(expected)
     report("Run-on: no stop token among the labels. Captions that end where they should",
@@ -83,21 +74,20 @@ def test_no_stop_token(opt_base, small_data, build, report, tmp_path):
 
 
 def test_padding_scored(opt_base, small_data, build, report):
-    """labels = input_ids, padding and image tokens included, as in most notebooks."""
-    texts = sorted((small_data / "caption").iterdir())
-    texts[0].write_text("circle")
+    """labels = input_ids, padding included, as in most notebooks."""
+    next(iter(sorted((small_data / "caption").iterdir()))).write_text("circle")
     built = build(opt_base, small_data)
     short, long = built.dataset[0], built.dataset[len(built.pairs) - 1]
-    assert len(long["labels"]) > len(short["labels"]) + 3
-    model, losses = plain_model(opt_base).eval(), {"usual": [], "ours": []}
-    for rows in ([short], [short, long]):
-        ids = finetune.collate_fn(rows, built.base.pad)["input_ids"][:1]
-        picture = live_inputs(opt_base, built.pairs[0])["pixel_values"]
+    assert len(long.learned) > len(short.learned) + 3
+    model, usual = plain_model(opt_base).eval(), []
+    for missing in (0, len(long.learned) - len(short.learned)):
+        inputs = live_inputs(opt_base, built.pairs[0])
+        padding = torch.full((1, missing), built.captioner.pad)
+        ids = torch.cat([inputs["input_ids"], torch.tensor([[built.captioner.stop]]), padding], 1)
         with torch.no_grad():
-            losses["usual"].append(model(pixel_values=picture, input_ids=ids, labels=ids).loss)
-            summed = finetune.pair_losses(built.model, rows, built.base)[0]
-        losses["ours"].append(summed / finetune.count_tokens([short]))
-    usual, ours = ([loss.item() for loss in losses[name]] for name in ("usual", "ours"))
+            usual.append(model(pixel_values=inputs["pixel_values"], input_ids=ids,
+                               labels=ids).loss.item())
+    ours = our_losses(built, short)[0], our_losses(built, short, long)[0]
     assert abs(usual[1] - usual[0]) > 0.5
     assert math.isclose(*ours, rel_tol=1e-5)
     report("Padding scored. Loss of one short caption alone, and beside a longer one",
@@ -106,12 +96,12 @@ def test_padding_scored(opt_base, small_data, build, report):
 
 def test_gradients_through_the_vision_tower(opt_base, small_data, build, report):
     """prepare_model_for_kbit_training makes the input of frozen layers ask for gradients."""
-    built = build(opt_base, small_data, in_4bit=True)
+    built = build(opt_base, small_data, LOAD_IN_4BIT=True)
     usual = prepare_model_for_kbit_training(plain_model(opt_base, in_4bit=True))
     usual = get_peft_model(usual, LoraConfig(target_modules=finetune.LORA_PATTERNS["attention"]))
     usual.train()
     counts = []
-    for model in (usual, built.model):
+    for model in (usual, built.captioner.model):
         reached = set()
         layers = [*model.vision_model.encoder.layers, *model.qformer.encoder.layer]
         for layer in layers:
@@ -120,7 +110,7 @@ def test_gradients_through_the_vision_tower(opt_base, small_data, build, report)
             inputs = live_inputs(opt_base, built.pairs[0])
             model(**inputs, labels=inputs["input_ids"]).loss.backward()
         else:
-            finetune.pair_losses(model, [built.dataset[0]], built.base).sum().backward()
+            built.learner.backward(rows_of(built), 1, 100)
         counts.append(len(reached))
     assert counts == [len(layers), 0]
     report("Backward pass through frozen vision and Q-Former layers, for nothing",
@@ -135,7 +125,7 @@ def test_dropout_in_frozen_parts(opt_base, small_data, build, report):
     torch.manual_seed(0)
     with torch.no_grad():
         usual = [model(**inputs, labels=inputs["input_ids"]).loss.item() for _ in range(20)]
-    ours = [our_loss(built, [built.dataset[0]]) for _ in range(20)]
+    ours = [built.learner.backward([built.dataset[0]], 1, 1).item() for _ in range(20)]
     spread = [(max(losses) - min(losses)) / min(losses) for losses in (usual, ours)]
     assert spread[0] > 0.05 and spread[1] == 0
     report("Dropout in frozen parts. Spread of one pair's loss, with no dropout asked for",
@@ -145,29 +135,20 @@ def test_dropout_in_frozen_parts(opt_base, small_data, build, report):
 @pytest.mark.skipif(not has_avx512bf16(), reason="needs a CPU with avx512_bf16")
 def test_nf4_repacked_on_the_cpu(t5_base, small_data, build, report):
     """A held-out pass in eval mode repacks 4-bit weights in place, for inference only; silently."""
-    built = build(t5_base, small_data, in_4bit=True)
-    weights = {n: p.detach() for n, p in built.model.named_parameters() if p.requires_grad}
-    usual = plain_model(t5_base, in_4bit=True).eval()
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=finetune.LORA_PATTERNS["attention"])
-    usual = get_peft_model(usual, config).eval()
-    exact = build(t5_base, small_data)  # unquantized, then given the dequantized weights
-    with torch.no_grad():
-        for name, module in built.base.model.named_modules():
+    built = build(t5_base, small_data, LOAD_IN_4BIT=True)
+    rows, gradients = rows_of(built), []
+    built.learner.backward(rows, 1, 100)
+    exact = built.learner.master.grad.clone()  # nothing has been repacked: a test shows that
+    for kernel in (True, False):
+        again = build(t5_base, small_data, LOAD_IN_4BIT=True)
+        for module in again.captioner.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                data = dequantize_4bit(module.weight.data, module.weight.quant_state)
-                exact.base.model.get_submodule(name).weight.copy_(data)
-    grads = []
-    for model in (usual, built.model, exact.model):
-        for name, parameter in model.named_parameters():
-            if name in weights:
-                parameter.data.copy_(weights[name])
-        rows = [built.dataset[i] for i in range(len(built.pairs))]
+                module.support_avx512bf16_for_cpu = kernel  # as bitsandbytes sets it, and as we do
         with torch.no_grad():
-            finetune.pair_losses(model, rows, built.base)
-        finetune.pair_losses(model, rows, built.base).sum().backward()
-        parts = [p.grad.flatten() for n, p in model.named_parameters() if n in weights]
-        grads.append(torch.cat(parts))
-    errors = [((grad - grads[2]).norm() / grads[2].norm()).item() for grad in grads[:2]]
-    assert errors[0] > 0.05 and errors[1] < 1e-3
+            again.captioner.losses(rows)
+        again.learner.backward(rows, 1, 100)
+        gradients.append(again.learner.master.grad)
+    errors = [((found - exact).norm() / exact.norm()).item() for found in gradients]
+    assert errors[0] > 0.05 and errors[1] == 0
     report("NF4 repacked on a CPU with avx512_bf16. Error of a T5's gradient after a held-out pass",
            f"{errors[0]:.0%}", f"{errors[1]:.0%}")

@@ -1,0 +1,86 @@
+"""Machines that are not this one: GPUs, Windows and macOS, small containers."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import flags_of
+
+import finetune
+
+HERE = Path(__file__).resolve().parent
+ARCHITECTURES = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120".split()  # the registry's wheels
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_the_cuda_path_waits_once_in_a_step_and_mixes_no_devices(opt_base, t5_base):
+    """Encoding, captioning and a step on a fake GPU; it raises for whatever is not right."""
+    script = (
+        "import gpu_dry_run, sys, torch, pytest\n"
+        "with gpu_dry_run.fake_gpu(), pytest.raises(Exception, match='given tensors of'):\n"
+        "    torch.ones(3, device='cuda') + torch.ones(3)\n"
+        "with gpu_dry_run.fake_gpu(), pytest.raises(Exception, match='local_scalar_dense'):\n"
+        "    bool(torch.ones(3, device='cuda').all())\n"
+        "sys.argv[1:] = ['--try', *sys.argv[1:]]\n"
+        "gpu_dry_run.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, opt_base, t5_base],
+                          cwd=HERE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.findall(r"^(\w+) torch\.(\w+) (4 bits)?: reads in a step: 1$", done.stdout, re.M) == [
+        (kind, dtype, bits) for kind in ("opt", "t5")
+        for dtype, bits in (("bfloat16", "4 bits"), ("bfloat16", ""), ("float16", ""))]
+
+
+@pytest.mark.parametrize("major, minor, usable", [
+    (7, 0, False), (7, 5, True), (8, 0, True), (8, 6, True), (8, 9, True), (9, 0, True),
+    (12, 0, True)])  # fmt: skip
+def test_a_gpu_that_this_pytorch_has_nothing_for_is_known(major, minor, usable):
+    assert finetune.has_kernels(major, minor, ARCHITECTURES) == usable
+    assert finetune.has_kernels(8, 9, ["compute_80"]) and not finetune.has_kernels(8, 0, ["sm_86"])
+    assert not finetune.has_kernels(9, 0, ["sm_86"])
+
+
+def test_such_a_gpu_is_refused_before_anything_is_loaded(
+    opt_base, small_data, command, monkeypatch
+):
+    cuda = finetune.torch.cuda
+    monkeypatch.setattr(cuda, "get_device_capability", lambda index: (7, 0))
+    monkeypatch.setattr(cuda, "get_device_name", lambda index: "Tesla V100")
+    monkeypatch.setattr(cuda, "get_arch_list", lambda: ARCHITECTURES)
+    code, output, error = command(TRAIN_DIR=small_data, MODEL_ID=opt_base)
+    assert code == 1 and "Tesla V100" in error and "sm_75" in error and "Install" in error
+    assert "memory:" not in output
+
+
+ELSEWHERE = """
+import multiprocessing, os, sys
+for name in ("fork", "sync", "sched_getaffinity"):
+    delattr(os, name)
+sys.modules["fcntl"] = None
+multiprocessing.set_start_method("spawn")
+import finetune
+try:
+    finetune.main(["--help"])
+except SystemExit as done:
+    assert done.code == 0
+sys.exit(finetune.main(sys.argv[1:] + ["--check"]) or finetune.main(sys.argv[1:]))
+"""
+
+
+def test_help_check_and_training_need_nothing_that_only_linux_has(opt_base, small_data, tmp_path):
+    """Without fork, fcntl and the like, and, where namespaces allow it, without /dev/shm."""
+    settings = flags_of({"TRAIN_DIR": small_data, "MODEL_ID": opt_base, "EPOCHS": 1,
+                         "NUM_WORKERS": 4, "OUTPUT_DIR": tmp_path / "out"})  # fmt: skip
+    child = [sys.executable, "-c", ELSEWHERE, *settings]
+    script = 'mount -t tmpfs -o size=4k none /dev/shm && exec "$@"'
+    without = ["unshare", "-rm", "sh", "-c", script, "sh"]
+    possible = shutil.which("unshare") and not subprocess.run([*without, "true"]).returncode
+    done = subprocess.run([*(without if possible else []), *child], cwd=HERE.parent, timeout=200,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "python finetune.py --check" in done.stdout and "pairs: 12" in done.stdout
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
