@@ -54,13 +54,11 @@ import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, reduce
-from accelerate.utils.memory import should_reduce_batch_size
 from filelock import FileLock
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
@@ -131,14 +129,13 @@ FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei
 TABLES = ("metadata.csv", "metadata.jsonl")
 NOT_SHARED = ("the processes see other files, or have other settings. Put TRAIN_DIR and OUTPUT_DIR "
               "on a file system that all machines share, and start all by the same command.")
-OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",  # the others are
-                 "CUDA error: out of memory", "CUDA driver error: out of memory")  # accelerate's
+OUT_OF_MEMORY = r"out of memory|can't allocate memory|CUBLAS_STATUS_(ALLOC_FAIL|NOT_INITIALIZ)ED"
 REMEDIES = {  # of errors that are not ours, by what they say
     "file lock": "Another run works on this OUTPUT_DIR: stop it, or name another one. Only if none "
     "does (it was killed on another machine), delete that file.",
-    "out of memory|CUBLAS": "Set LOAD_IN_4BIT, lower MAX_CAPTION_TOKENS, or free memory.",
+    OUT_OF_MEMORY: "Set LOAD_IN_4BIT, lower MAX_CAPTION_TOKENS or NUM_BEAMS, or free memory.",
     r"OSError|os error \d": "Mend that, and run the same command again.",
-    "DistError|DistBackendError|gloo": "Another process has ended: see what it says.",
+    "DistError|gloo": "Another process has ended: see what it says.",
 }
 
 
@@ -148,7 +145,7 @@ class UserError(Exception):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whoever says it: an allocator, cuBLAS, the CUDA runtime or its driver."""
-    return should_reduce_batch_size(error) or any(text in str(error) for text in OUT_OF_MEMORY)
+    return bool(re.search(OUT_OF_MEMORY, str(error)))
 
 
 def spread(items: Sequence, count: int) -> list:
@@ -198,6 +195,7 @@ def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of such a table, by its header."""
+    csv.field_size_limit(2**31 - 1)
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
@@ -331,7 +329,8 @@ def list_files(folder: str, skipped: list[Skipped]) -> Iterator[str]:
         return sorted(n for n in names if not n.startswith(".") and n.lower() not in ignored)
 
     def refuse(error: OSError) -> None:
-        skipped.append((error.filename, f"can't be opened: {error.strerror}"))
+        if os.path.lexists(error.filename):  # there may be no Image/
+            skipped.append((error.filename, f"can't be opened: {error.strerror}"))
 
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = wanted(folders)
@@ -380,7 +379,7 @@ def read_table(path: str, skipped: list[Skipped]) -> list[Pair]:
     """
     folder, pairs, named = os.path.dirname(path), {}, set()
     files = {relative(file, folder): file for file in list_files(folder, skipped)}
-    del files[os.path.basename(path)]
+    files.pop(os.path.basename(path), None)
     with open(path, newline="", encoding="utf-8-sig") as lines:
         rows = csv.DictReader(lines, strict=True) if path.endswith(".csv") else (
             json.loads(line) for line in lines if line.strip())
@@ -390,13 +389,13 @@ def read_table(path: str, skipped: list[Skipped]) -> list[Pair]:
                 raise UserError(
                     f"{path!r} has the columns {', '.join(map(repr, row))}, and needs file_name "
                     "and text: rename the column of paths to file_name, that of captions to text"
-                    + ", and separate columns by commas" * (";" in str([*row][0])) + ".")
-            name = os.path.normpath(str(row["file_name"] or "").replace("\\", "/"))
-            name = unicodedata.normalize("NFC", name.replace(os.sep, "/"))
+                    + ", and separate columns by commas" * (";" in "".join(map(str, row))) + ".")
+            name = str(row["file_name"] or "").replace("\\", "/")
+            name = relative(os.path.join(folder, name), folder)
             text = row[column] if isinstance(row[column], str) else ""
             pair = Pair(files.get(name, ""), " ".join(text.split()))
             reason = ("file_name leads out of the folder; copy the picture into it"
-                      if name.startswith(("/", "../")) else
+                      if name.startswith("../") else
                       "there is no such file" if not pair.picture else
                       "the caption is empty, or no text" if not pair.caption else
                       "the caption is no valid Unicode" if re.search(r"[\ud800-\udfff]", text) else
@@ -411,10 +410,7 @@ def read_table(path: str, skipped: list[Skipped]) -> list[Pair]:
 
 
 def find_pairs(folder: str, named: int = NAMED) -> tuple[list[Pair], list[Skipped]]:
-    """The pairs in whichever layout `folder` has, and what is not used.
-
-    Raises UserError where there is not one pair (then `named` files are named), or two layouts.
-    """
+    """The pairs in whichever layout `folder` has, and what is not used. Raises UserError."""
     there = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     found = [name for name in (*TABLES, "caption") if name in there]
     pairs, skipped = [], []
@@ -505,10 +501,7 @@ def read_picture(path: str, side: int) -> Image.Image:
 
 
 def decode(paths: list[str], image_processor: Any) -> list[Decoded]:
-    """Pictures as the vision tower takes them, or why they can't be used.
-
-    Without an image processor they are only read.
-    """
+    """Pictures as the vision tower takes them (without a processor: only read), or why not."""
     decoded, side = [], image_processor.size["height"] if image_processor else 224
     for path in paths:
         try:
@@ -525,26 +518,27 @@ def decode(paths: list[str], image_processor: Any) -> list[Decoded]:
 
 
 def read_pictures(
-    paths: Sequence[str], image_processor: Any, workers: int, title: str
+    paths: Sequence[str], image_processor: Any, workers: int, title: str, skipped: list[Skipped]
 ) -> Iterator[list[Decoded]]:
-    """All decoded, in order, INFERENCE_BATCH at a time, by threads: Pillow and NumPy leave the GIL.
+    """What can be read, in order, about INFERENCE_BATCH at a time; the rest is added to `skipped`.
 
-    No more than two batches for each thread wait to be taken.
+    By threads: Pillow and NumPy leave the GIL. At most two batches for each wait to be taken.
     """
-    parts = iter(range(0, len(paths), INFERENCE_BATCH))
-    with ThreadPoolExecutor(workers) as pool, contextlib.ExitStack() as stack:
-        stack.callback(pool.shutdown, cancel_futures=True)
-        bar = stack.enter_context(tqdm(total=len(paths), desc=title, unit="picture", disable=None))
-        waiting: deque = deque()
-        while True:
-            for start in itertools.islice(parts, 2 * workers - len(waiting)):
-                batch = paths[start : start + INFERENCE_BATCH]
-                waiting.append(pool.submit(decode, batch, image_processor))
-            if not waiting:
-                return
-            decoded = waiting.popleft().result()
-            yield decoded
-            bar.update(len(decoded))
+    bar = tqdm(total=len(paths), desc=title, unit="picture", disable=None)
+    with bar, ThreadPoolExecutor(workers) as pool:
+        tasks = (pool.submit(decode, paths[i : i + INFERENCE_BATCH], image_processor)
+                 for i in range(0, len(paths), INFERENCE_BATCH))
+        waiting = deque(itertools.islice(tasks, 2 * workers))
+        try:
+            while waiting:
+                decoded = waiting.popleft().result()
+                waiting.extend(itertools.islice(tasks, 1))
+                skipped += [(one.path, one.reason) for one in decoded if one.reason]
+                if good := [one for one in decoded if not one.reason]:
+                    yield good
+                bar.update(len(decoded))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # ---- The captioner: BLIP-2 on its device --------------------------------------------------------
@@ -571,10 +565,7 @@ def has_kernels(major: int, minor: int, architectures: list[str]) -> bool:
 def choose_device(
     device: str, dtype: str, is_t5: bool, size: int
 ) -> tuple[torch.device, torch.dtype, str]:
-    """The one decision about device and dtype, with its reason, for a model of `size` parameters.
-
-    Raises UserError.
-    """
+    """The one decision about both, with its reason; `size` in parameters. Raises UserError."""
     state, major, reason = PartialState(), 0, "as DEVICE says"
     if device.startswith("cuda:") and state.num_processes > 1:
         raise UserError(f"DEVICE is {device!r}, but each process takes a GPU of its own. Set it to "
@@ -584,7 +575,8 @@ def choose_device(
             index = int(device[5:] or state.local_process_index)
             major, minor = torch.cuda.get_device_capability(index)
             reason = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
-            if not has_kernels(major, minor, torch.cuda.get_arch_list()):
+            if torch.version.hip is None and not has_kernels(
+                    major, minor, torch.cuda.get_arch_list()):
                 raise UserError(f"this PyTorch has nothing compiled for the GPU ({reason}), but "
                                 f"for {torch.cuda.get_arch_list()}. Install one for an older CUDA, "
                                 "or say --device cpu.")
@@ -624,7 +616,7 @@ class Captioner:
         self.space = " " if prompt and not self.is_t5 else ""  # a T5's decoder begins anew
 
     def tokenize(self, caption: str) -> list[int]:
-        """The ids of a caption; what is learned of them is cut at the limit, and ends with stop."""
+        """The ids of a caption, uncut and without the stop token."""
         return self.tokenizer(self.space + caption, add_special_tokens=False,
                               split_special_tokens=True).input_ids
 
@@ -636,10 +628,10 @@ class Captioner:
 
     @torch.no_grad()
     def encode(self, pixel_values: list[np.ndarray]) -> torch.Tensor:
-        """(3, height, width) each, to the Q-Former's (pictures, num_query_tokens, hidden)."""
+        """(3, height, width) each, to the Q-Former's (pictures, num_query_tokens, hidden), CPU."""
         pixels = self.send(np.stack(pixel_values)).to(self.dtype)
         features = self.model.get_image_features(pixels).qformer_outputs[0]
-        return features.to(self.dtype)  # transformers keeps the Q-Former in float32 beside float16
+        return features.to(self.dtype).cpu()  # the Q-Former stays in float32 beside float16
 
     def embed(self, features: Sequence[torch.Tensor], input_ids: torch.Tensor) -> torch.Tensor:
         """What the language model reads, (rows, tokens, width): projected features, then text."""
@@ -836,13 +828,11 @@ def encode_pictures(
     print(f"pictures: {len(new)} to encode, {len(keys) - len(new)} known from an earlier run")
     PartialState().wait_for_everyone()  # what one has encoded would be missing in another's list
     processor = captioner.processor.image_processor
-    for batch in read_pictures(share(new), processor, workers, "encoding"):
-        skipped += [(one.path, one.reason) for one in batch if one.reason]
-        if good := [one for one in batch if not one.reason]:
-            features = captioner.encode([one.pixel_values for one in good]).cpu()
-            names = json.dumps([keys[one.path] for one in good])
-            with whole_file(folder / f"{uuid.uuid4().hex}.safetensors") as file:
-                file.write(save({"features": features}, {"pictures": names}))
+    for batch in read_pictures(share(new), processor, workers, "encoding", skipped):
+        features = captioner.encode([one.pixel_values for one in batch])
+        names = json.dumps([keys[one.path] for one in batch])
+        with whole_file(folder / f"{uuid.uuid4().hex}.safetensors") as file:
+            file.write(save({"features": features}, {"pictures": names}))
     skipped = sorted(gather_object(skipped))  # which also waits for all
     known, broken = list_features(folder), {path for path, _ in skipped}
     if any(key not in known and picture not in broken for picture, key in keys.items()):
@@ -859,18 +849,19 @@ def map_features(file: Path) -> torch.Tensor:
 # ---- Datasets -----------------------------------------------------------------------------------
 
 
-class ImageCaptioningDataset(Dataset):
+class ImageCaptioningDataset:
     """A Row for each pair, and the pictures with all their captions."""
 
     def __init__(self, pairs: list[Pair], slots: dict[str, Slot], captioner: Captioner) -> None:
         self.pairs, self.slots, self.captioner = pairs, slots, captioner
-        ids = {pair.caption: captioner.tokenize(pair.caption) for pair in pairs}
-        limit, stop = captioner.limit, captioner.stop
-        self.learned = {caption: [*some[:limit], stop] for caption, some in ids.items()}
-        self.cut = sum(len(some) > limit for some in ids.values())
         self.references = defaultdict(list)  # picture: its captions
         for picture, caption in pairs:
             self.references[picture].append(caption)
+        ids = {caption: captioner.tokenize(caption) for caption in {pair.caption for pair in pairs}}
+        limit, stop = captioner.limit, captioner.stop
+        self.learned = {caption: [*some[:limit], stop] for caption, some in ids.items()}
+        self.cut = sum(len(some) > limit for some in ids.values())
+        self.tokens = [len(self.learned[pair.caption]) for pair in pairs]  # learned ones
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -879,10 +870,6 @@ class ImageCaptioningDataset(Dataset):
         """(num_query_tokens, hidden)."""
         file, row = self.slots[picture]
         return map_features(file)[row]
-
-    def tokens(self, indices: Iterable[int]) -> list[int]:
-        """The number of learned tokens of pairs: their captions', and stop tokens."""
-        return [len(self.learned[self.pairs[i].caption]) for i in indices]
 
     def __getitem__(self, index: int) -> Row:
         picture, caption = self.pairs[index]
@@ -915,14 +902,11 @@ def split_pairs(
 
 
 def build_datasets(
-    settings: argparse.Namespace, captioner: Captioner, data: Data, features: Path
+    settings: argparse.Namespace, captioner: Captioner, data: Data, feature_dir: Path
 ) -> tuple[Datasets, list[Skipped]]:
-    """Encodes the pictures. Returns what is trained and measured on, and what can't be read.
-
-    Raises UserError where nothing is left.
-    """
+    """What is trained and measured on, and what can't be read. Raises UserError for nothing."""
     pictures = list(dict.fromkeys(pair.picture for pair in data.pairs + data.validation))
-    slots, broken = encode_pictures(captioner, pictures, settings.TRAIN_DIR, features,
+    slots, broken = encode_pictures(captioner, pictures, settings.TRAIN_DIR, feature_dir,
                                     settings.NUM_WORKERS)
     for part in (captioner.model.vision_model, captioner.model.qformer):
         part.to("meta")  # its work is done, and its memory is for training
@@ -941,9 +925,9 @@ def build_datasets(
     print(f"pairs: {len(pairs)} to train on, {len(validation)} held out")
     if cut := training.cut + held_out.cut:
         print(f"cut: {cut} captions, at MAX_CAPTION_TOKENS = {captioner.limit} tokens")
-    (features, learned), decode = training[0], captioner.tokenizer.decode
-    row = f"<image> x {len(features)} | {decode(captioner.prefix)} | [{decode(learned[:-1])} | "
-    print(f"row: {printable(row)}{decode(learned[-1:])!r}]  ([...] is learned)")
+    (features, learned), text = training[0], captioner.tokenizer.decode
+    row = f"<image> x {len(features)} | {text(captioner.prefix)} | [{text(learned[:-1])} | "
+    print(f"row: {printable(row)}{text(learned[-1:])!r}]  ([...] is learned)")
     most = sys.maxsize if settings.VALIDATION_DIR else GENERATED
     return Datasets(training, held_out, spread(list(held_out.references), most)), broken
 
@@ -971,7 +955,7 @@ def held_out_loss(held_out: ImageCaptioningDataset) -> float:
     """Per learned token; NaN with nothing held out. Raises UserError if it is not finite."""
     if not len(held_out):
         return math.nan
-    loss = measure_losses(held_out).sum().item() / sum(held_out.tokens(range(len(held_out))))
+    loss = measure_losses(held_out).sum().item() / sum(held_out.tokens)
     if not math.isfinite(loss):
         raise UserError(f"the held-out loss is {loss}. {not_finite(held_out.captioner.dtype)}")
     return loss
@@ -1110,7 +1094,7 @@ class Learner:
                                            enabled=captioner.dtype == torch.float16)
 
     def backward(self, rows: list[Row], tokens: int, micro_batch: int) -> torch.Tensor | None:
-        """The gradient of loss / tokens, into master.grad: the same, however the rows are split.
+        """The gradient of loss / tokens, into master.grad, however the rows are split.
 
         Returns each row's loss, (rows,); None: out of memory, and `trouble` says how.
         """
@@ -1134,7 +1118,7 @@ class Learner:
         return torch.cat(losses)
 
     def add_up(self, losses: torch.Tensor | None, pairs: int, stop: bool) -> list[float]:
-        """Over all processes: the loss of each pair, who is out of memory, who stops; the norm.
+        """Over all processes: losses of pairs, who is out of memory, who stops; the norm.
 
         Here a step waits for the GPU, once.
         """
@@ -1158,9 +1142,8 @@ class Learner:
 
     @torch.no_grad()
     def copy_parts(self) -> None:
-        """From `master` to the weights, where they are of another dtype."""
-        if self.captioner.dtype != torch.float32:
-            torch._foreach_copy_(self.weights, self.parts)
+        """From `master` to the weights; in float32 they are the same memory."""
+        torch._foreach_copy_(self.weights, self.parts)
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint keeps of it."""
@@ -1210,8 +1193,8 @@ def train(
         while now.step < steps:
             started, (epoch, done) = time.perf_counter(), divmod(now.step, epoch_steps)
             order = epoch_order(len(dataset), settings.SEED, epoch)[done * settings.BATCH_SIZE :]
-            pairs = sorted(order[: settings.BATCH_SIZE], key=lambda i: -dataset.tokens([i])[0])
-            rows, tokens = [dataset[i] for i in share(pairs)], sum(dataset.tokens(pairs))
+            pairs = sorted(order[: settings.BATCH_SIZE], key=lambda i: -dataset.tokens[i])
+            rows, tokens = [dataset[i] for i in share(pairs)], sum(dataset.tokens[i] for i in pairs)
             while True:  # until the step fits into memory
                 torch.manual_seed((settings.SEED * 1_000_003 + now.step) * state.num_processes
                                   + state.process_index)  # of the dropout
@@ -1259,7 +1242,7 @@ def train(
                 saved = time.monotonic()
             if stop:
                 raise KeyboardInterrupt(*signals[:1])
-        if signals:  # in the last step
+        if signals and state.num_processes == 1:  # in the last step; others would wait for this one
             raise KeyboardInterrupt(*signals[:1])
     learner.load({"master": now.best_master})
 
@@ -1284,9 +1267,8 @@ def save_adapter(folder: Path, record: dict[str, Any], learner: Learner) -> None
 
 def list_pairs(split: str, dataset: ImageCaptioningDataset, losses: torch.Tensor) -> list[tuple]:
     """Rows of pairs.csv: split, loss per token, tokens, picture, caption; highest loss first."""
-    tokens = dataset.tokens(range(len(dataset)))
     rows = [(split, round(loss / count, 4), count, *pair) for pair, loss, count
-            in zip(dataset.pairs, losses.tolist(), tokens, strict=True)]
+            in zip(dataset.pairs, losses.tolist(), dataset.tokens, strict=True)]
     return sorted(rows, key=lambda row: -row[1])
 
 
@@ -1294,9 +1276,8 @@ def summarize(rows: list[Captioned], datasets: Datasets, now: Progress) -> dict[
     """`results` of settings.json, with `remarks` on what is wrong. None: nothing can be said."""
     before, after = measure(rows, "before"), measure(rows, "after")
     measures = {name: {"before": before[name], "after": after[name]} for name in before}
-    loss: dict[str, float | None] = {"before": None, "after": None}
-    if rows:
-        loss = {"before": now.metrics[0]["held_out_loss"], "after": now.best}
+    loss = {"before": now.metrics[0]["held_out_loss"], "after": now.best} if rows else (
+        dict.fromkeys(("before", "after")))
     alike, alike_references = (
         max(Counter(texts).values(), default=0) / max(1, len(rows))
         for texts in ([row.after for row in rows], [row.references[0] for row in rows]))
@@ -1350,8 +1331,8 @@ def draw_report(folder: Path, record: dict[str, Any]) -> None:
     losses.autoscale_view()  # so that there is room above the highest
     losses.locator_params("x", integer=True)
     shown = describe_results(record["results"])
-    title = "; ".join(f"{name.replace('_', ' ')}: {shown[name]}"
-                      for name in ("held_out_loss", "exact", "cider_d"))
+    title = (f"held-out loss: {shown['held_out_loss']}; exact: {shown['exact']}; "
+             f"CIDEr-D: {shown['cider_d']}")
     losses.set(xlabel="step", ylabel="loss per token", ylim=(0, None), title=title)
     losses.legend(frameon=False)
     losses.spines[["top", "right"]].set_visible(False)
@@ -1473,7 +1454,7 @@ class Run:
         self.accelerator.log(known, step=row["step"])
 
     def save(self, now: Progress, learner: Learner) -> None:
-        """What the run continues from, and before, if it is the best so far, the adapter."""
+        """First, if it is the best so far, the adapter; then what the run continues from."""
         if not self.accelerator.is_main_process:
             return
         if now.best_step == now.step:
@@ -1521,7 +1502,7 @@ def list_differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def refuse_another(checkpoint: dict[str, Any], run: Run) -> None:
     """Raises UserError where a checkpoint, {} for none, is that of another run."""
-    if changed := list_differences(checkpoint["record"], run.record) if checkpoint else []:
+    if changed := checkpoint and list_differences(checkpoint["record"], run.record):
         raise UserError("\n  ".join([
             f"{str(run.folder)!r} holds an unfinished run, and:", *changed, "Set that back to "
             "continue, give --restart to train anew, or name another OUTPUT_DIR."]))
@@ -1603,6 +1584,7 @@ def finish(
     code = make_pages(folder, record)
     save_record(folder, record)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
+    run.accelerator.end_training()  # its trackers hold files in this folder
     put_in_place(run.output)
     print_summary(record, rows, pairs)
     print(f"adapter:         {run.output}")
@@ -1646,9 +1628,9 @@ def put_in_place(output: Path) -> None:
 
 def fine_tune(settings: argparse.Namespace, data: Data) -> int:
     """A run, or the rest of it. Returns the exit code."""
-    accelerator = Accelerator(cpu=settings.DEVICE == "cpu", log_with=settings.LOG_WITH or None,
-                              project_dir=f"{settings.OUTPUT_DIR}.unfinished")
     output = Path(os.path.realpath(settings.OUTPUT_DIR))  # of a link, what it points to
+    accelerator = Accelerator(cpu=settings.DEVICE == "cpu", log_with=settings.LOG_WITH or None,
+                              project_dir=f"{output}.unfinished")
     record = {"settings": {name: getattr(settings, name) for name in SETTINGS},
               "data": fingerprint(settings, data)}
     run = Run(output, Path(f"{output}.unfinished"), record, accelerator)
@@ -1662,7 +1644,7 @@ def fine_tune(settings: argparse.Namespace, data: Data) -> int:
         checkpoint = find_checkpoint(run, settings.restart)
         step = checkpoint["progress"]["step"] if checkpoint else checkpoint
         seen = gather_object([(run.record, step)])
-        if any(list_differences(seen[0][0], record) or step != seen[0][1] for record, step in seen):
+        if any(list_differences(seen[0][0], other) or at != seen[0][1] for other, at in seen):
             raise UserError(NOT_SHARED)
         if checkpoint is None:
             print(f"this run is finished: its adapter is in {output}. To train anew, change a "
@@ -1673,12 +1655,14 @@ def fine_tune(settings: argparse.Namespace, data: Data) -> int:
         captioner = load_captioner(settings)
         run.record |= describe_model(captioner)
         refuse_another(checkpoint, run)
-        features = feature_folder(settings.TRAIN_DIR, str(output), run.record["vision_side"])
-        datasets, broken = build_datasets(settings, captioner, data, features)
+        feature_dir = feature_folder(settings.TRAIN_DIR, str(output), run.record["vision_side"])
+        datasets, broken = build_datasets(settings, captioner, data, feature_dir)
         run.record["unreadable"] = [path for path, _ in broken]
         refuse_another(checkpoint, run)
         learner, now = begin(settings, captioner, datasets, checkpoint)
         accelerator.init_trackers("blip2", config=run.record["settings"])
+        if not checkpoint and accelerator.is_main_process:  # of a run that is given up
+            (run.folder / "checkpoint.pt").unlink(missing_ok=True)
         if not now.step:
             run.log(now.metrics[0])
         train(settings, learner, datasets, now, run)
@@ -1693,11 +1677,11 @@ def check_pictures(settings: argparse.Namespace, data: Data) -> int:
     captions, skipped, readable = defaultdict(list), list(data.skipped), set()
     for picture, caption in data.pairs + data.validation:
         captions[picture].append(caption)
-    for batch in read_pictures(list(captions), None, settings.NUM_WORKERS, "checking"):
-        skipped += [(one.path, one.reason) for one in batch if one.reason]
-        readable |= {one.path for one in batch if not one.reason}
-        for path, caption in ((p, text) for p, *_, why in batch if not why for text in captions[p]):
-            print(f"{printable(path)}\t{printable(caption)}")
+    for batch in read_pictures(list(captions), None, settings.NUM_WORKERS, "checking", skipped):
+        for path in (one.path for one in batch):
+            readable.add(path)
+            for caption in captions[path]:
+                print(f"{printable(path)}\t{printable(caption)}")
     print_skipped(skipped, named=sys.maxsize)
     counts = [sum(pair.picture in readable for pair in some) for some in data[:2]]
     print(f"pairs: {sum(counts)}")
@@ -1721,9 +1705,8 @@ def caption_pictures(settings: argparse.Namespace) -> int:
     try:
         record = read_record(Path(output))
         trained = argparse.Namespace(**record["settings"] | {
-            "DEVICE": settings.DEVICE, "NUM_BEAMS": settings.NUM_BEAMS})
-        if record["dtype"] != "float16":  # which not every device has
-            trained.DTYPE = record["dtype"]
+            "DEVICE": settings.DEVICE, "NUM_BEAMS": settings.NUM_BEAMS,
+            "DTYPE": "auto" if record["dtype"] == "float16" else record["dtype"]})
         load_file(f"{output}/adapter_model.safetensors")  # else peft would look for it on the Hub
         with contextlib.redirect_stdout(sys.stderr):
             captioner = load_captioner(trained)
@@ -1733,13 +1716,10 @@ def caption_pictures(settings: argparse.Namespace) -> int:
         raise UserError(f"OUTPUT_DIR {output!r} holds no adapter that can be read: {error!r}. "
                         "Train one first.") from error
     processor = captioner.processor.image_processor
-    for batch in read_pictures(pictures, processor, settings.NUM_WORKERS, "captioning"):
-        skipped += [(one.path, one.reason) for one in batch if one.reason]
-        if good := [one for one in batch if not one.reason]:
-            texts = captioner.caption(captioner.encode([one.pixel_values for one in good]))
-            for one, (text, confidence) in zip(good, texts, strict=True):  # to stdout, past the bar
-                tqdm.write(f"{printable(one.path)}\t{printable(text)}\t{confidence:.4f}")
-            sys.stdout.flush()
+    for batch in read_pictures(pictures, processor, settings.NUM_WORKERS, "captioning", skipped):
+        texts = captioner.caption(captioner.encode([one.pixel_values for one in batch]))
+        for one, (text, confidence) in zip(batch, texts, strict=True):  # to stdout, past the bar
+            tqdm.write(f"{printable(one.path)}\t{printable(text)}\t{confidence:.4f}")
     with contextlib.redirect_stdout(sys.stderr):
         print_skipped(skipped, named=sys.maxsize)
     return 1 if skipped else 0
@@ -1747,7 +1727,7 @@ def caption_pictures(settings: argparse.Namespace) -> int:
 
 def run_command(settings: argparse.Namespace) -> int:
     """What the settings and flags ask for. Returns the exit code."""
-    # Who fails before this is waited for without end; a download or an encoding pass may be slow.
+    # Processes wait for each other for a day at most: a download or an encoding pass may be slow.
     cpu = getattr(settings, "DEVICE", "") == "cpu"
     state = PartialState(cpu=cpu, timeout=timedelta(days=1))
     if int(os.environ.get("WORLD_SIZE", 1)) > state.num_processes:
@@ -1757,9 +1737,10 @@ def run_command(settings: argparse.Namespace) -> int:
     if settings.caption:
         return caption_pictures(settings)
     named = sys.maxsize if settings.check else NAMED
-    (pairs, skipped), (validation, more) = (find_pairs(folder, named) if folder else ([], [])
-                                            for folder in (settings.TRAIN_DIR,
-                                                           settings.VALIDATION_DIR))
+    pairs, skipped = find_pairs(settings.TRAIN_DIR, named)
+    validation, more = [], []
+    if settings.VALIDATION_DIR:
+        validation, more = find_pairs(settings.VALIDATION_DIR, named)
     data = Data(pairs, validation, skipped + more)
     if copies := find_copies(*({pair.picture for pair in some} for some in (validation, pairs))):
         print(f"warning: {len(copies)} pictures of VALIDATION_DIR are in TRAIN_DIR too, and make "
@@ -1775,9 +1756,9 @@ def main(argv: list[str] | None = None) -> int:
     if process := int(os.environ.get("RANK", 0)):  # one of several: the first speaks for all
         who = f"process {process}: "
         sys.stdout = sys.stderr = open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):  # file names may be no valid Unicode
         with contextlib.suppress(AttributeError):  # in a notebook
-            stream.reconfigure(errors="backslashreplace")  # file names may be no valid Unicode
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -1792,7 +1773,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_command(parse_arguments(argv))
     except KeyboardInterrupt as interrupt:
-        print(f"{who}stopped; the same command continues, without --restart", file=errors)
+        print(f"{who}stopped; a training continues by the same command, without --restart",
+              file=errors)
         return 128 + (interrupt.args or (signal.SIGINT,))[0]
     except UserError as error:
         print(f"{who}error: {error}", file=errors)
@@ -1801,9 +1783,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        if isinstance(error, OSError):
-            said = f"OSError {said}"
+        said = f"{[kind.__name__ for kind in type(error).__mro__]}: {error}"
         remedy = next((text for what, text in REMEDIES.items() if re.search(what, said)), "")
         if not remedy:
             raise

@@ -1,26 +1,25 @@
-"""Runs in child processes: forked ones, which have imported everything already, and real ones.
+"""finetune.main in forked children, which have imported everything already.
 
 What happens to them is said by events such as "before step 3" (see `on`).
 """
 
 import builtins
+import csv
 import fnmatch
 import functools
 import gc
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.figure
 import peft
-import psutil
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -34,71 +33,67 @@ PLACES = {  # where something may happen: the function that is called there
     "load": (transformers.Blip2ForConditionalGeneration, "from_pretrained"),
     "encode": (finetune.Captioner, "encode"),
     "caption": (finetune.Captioner, "caption"),
-    "losses": (finetune.Captioner, "losses"),
+    "measure": (finetune, "held_out_loss"),
     "step": (torch.optim.AdamW, "step"),
     "adapter": (peft.PeftModel, "save_pretrained"),
     "processor": (transformers.Blip2Processor, "save_pretrained"),
     "serialize": (torch, "save"),
     "draw": (matplotlib.figure.Figure, "savefig"),
     "open": (builtins, "open"),
-    "fsync": (os, "fsync"),
     "replace": (os, "replace"),
     "rename": (Path, "rename"),
     "unlink": (Path, "unlink"),
 }
 
 
-def matches(call: tuple, pattern: str) -> bool:
-    """Whether a path among the arguments matches, or that of an open file given by its number."""
-    if isinstance(call[0], int):
-        call = (os.readlink(f"/proc/self/fd/{call[0]}"),)
-    return any(fnmatch.fnmatch(os.fspath(part), pattern) for part in call
-               if isinstance(part, str | os.PathLike))
-
-
 def on(event: str, action: Callable[[], None]) -> None:
     """Patches this process: action() before or after the n-th call of a place.
 
-    "before encode 2"; "after replace *.pt 2", of those calls with such a path; with " > ", what
-    follows is counted from the first event on.
+    "before encode 2"; "after replace *.pt 2": of those calls with such a path.
     """
-    event, _, following = event.partition(" > ")
     when, place, *pattern, number = event.split()
     owner, name = PLACES[place]
     real, count = getattr(owner, name), 0
-    act = functools.partial(on, following, action) if following else action
 
     @functools.wraps(real)
     def watched(*arguments, **named):
         nonlocal count
-        meant = not pattern or matches(arguments, *pattern)
+        paths = [os.fspath(one) for one in arguments if isinstance(one, str | Path)]
+        meant = not pattern or any(fnmatch.fnmatch(path, *pattern) for path in paths)
         count += meant
         now = meant and count == int(number)
         if now and when == "before":
-            act()
+            action()
         result = real(*arguments, **named)
         if now and when == "after":
-            act()
+            action()
         return result
 
     setattr(owner, name, watched)
 
 
-def send(number: int) -> None:
-    """A signal to this very process."""
-    os.kill(os.getpid(), number)
+def send(number: int) -> Callable[[], None]:
+    """An action: a signal to this very process."""
+    return lambda: os.kill(os.getpid(), number)
 
 
-def fail_with(error: BaseException) -> None:
-    raise error
+def fail_with(error: BaseException) -> Callable[[], None]:
+    """An action: raises."""
+    def action() -> None:
+        raise error
+
+    return action
 
 
-def wait_for(condition: Callable[[], object], what: str = "a process") -> None:
-    """Until the condition holds, and not for ever."""
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.002)
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def step_of(folder: Path) -> int:
+    """That of the checkpoint in out.unfinished/, which must be whole; 0: there is none."""
+    path = folder / "out.unfinished/checkpoint.pt"
+    return torch.load(path, weights_only=True)["progress"]["step"] if path.exists() else 0
 
 
 class Ended(NamedTuple):
@@ -107,101 +102,63 @@ class Ended(NamedTuple):
     err: str
 
 
-class Child:
-    """A forked child that calls `run`, which returns its exit code; its output is in `logs`."""
+class Child(multiprocessing.get_context("fork").Process):
+    """finetune.main in `folder`; `prepare` may patch the process and change the settings."""
 
-    def __init__(self, run: Callable[[], int], logs: Path) -> None:
-        self.logs, self.status = logs, None
+    def __init__(
+        self, settings: dict, *flags: str, folder: Path, logs: Path,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(daemon=True)
+        self.settings, self.flags, self.folder = settings, flags, folder
+        self.logs, self.prepare = logs, prepare
         logs.mkdir(parents=True, exist_ok=True)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        self.pid = os.fork()
-        if not self.pid:
-            code = 70
-            try:
-                gc.freeze()  # else the first collection copies all that was imported
-                for number, name in ((1, "out"), (2, "err")):
-                    os.dup2(os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-                sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background too
-                code = run()
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
+        self.start()
 
-    def ended(self) -> bool:
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = status if pid else None
-        return self.status is not None
-
-    def kill(self) -> None:
-        """With all that it has started."""
-        if not self.ended():
-            process = psutil.Process(self.pid)
-            for one in [*process.children(recursive=True), process]:
-                one.kill()
-            wait_for(self.ended)
-
-    def wait(self) -> Ended:
-        try:
-            wait_for(self.ended, f"what writes into {self.logs}")
-        finally:
-            self.kill()
-        return Ended(os.waitstatus_to_exitcode(self.status),
-                     *((self.logs / name).read_text() for name in ("out", "err")))
-
-
-def start(command: list, logs: Path, folder: Path) -> Child:
-    """A real command, as a user gives it in `folder`, with the seconds of its imports."""
-    words = [str(word) for word in command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-
-    def run() -> int:
-        os.chdir(folder)
-        os.execvpe(words[0], words, environment)
-
-    return Child(run, logs)
-
-
-def fork(
-    settings: dict, *flags: str, logs: Path, folder: Path, prepare: Callable | None = None,
-    environment: dict | None = None,
-) -> Child:
-    """finetune.main in a forked child, in `folder`; `prepare` may patch it and change settings."""
-
-    def run() -> int:
-        os.environ |= {"TOKENIZERS_PARALLELISM": "false"} | (environment or {})
+    def run(self) -> None:
+        gc.freeze()  # else the first collection copies all that was imported
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(self.logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background too
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         tqdm.set_lock(threading.RLock())  # not the one that a killed child may hold
         torch.set_num_threads(1)  # a pool of threads does not survive the fork
         for state in (PartialState, AcceleratorState, GradientState):
             state._shared_state.clear()  # of tests in the parent
-        os.chdir(folder)
-        if prepare:
-            prepare()
-        return finetune.main([*flags_of(settings), *flags])
+        os.chdir(self.folder)
+        self.prepare()
+        sys.exit(finetune.main([*flags_of(self.settings), *self.flags]))
 
-    return Child(run, logs)
+    def wait(self) -> Ended:
+        self.join(LIMIT)
+        hangs = self.is_alive()
+        self.kill()
+        assert not hangs, f"what writes into {self.logs} hangs"
+        return Ended(self.exitcode, *((self.logs / name).read_text() for name in ("out", "err")))
 
 
 def fork_several(
-    count: int, settings: dict, folder: Path, prepare: Callable | None = None
+    count: int, settings: dict, folder: Path,
+    prepare: Callable[[int, dict], None] = lambda rank, settings: None,
 ) -> list[Ended]:
     """As torchrun starts them; prepare(rank, settings) runs in each. None of them may hang."""
     with socket.socket() as some:
         some.bind(("127.0.0.1", 0))
         port = some.getsockname()[1]
+
+    def join_the_others(rank: int, settings: dict) -> None:
+        if count > 1:
+            os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{count}",
+                           "LOCAL_WORLD_SIZE": f"{count}", "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": f"{port}", "GLOO_SOCKET_IFNAME": "lo"}
+        prepare(rank, settings)
+
     children = []
     for rank in range(count):
         own = dict(settings)
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count,
-                       "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                       "GLOO_SOCKET_IFNAME": "lo"} if count > 1 else {}
-        children.append(fork(
-            own, logs=folder / f"logs-{rank}", folder=folder,
-            prepare=functools.partial(prepare, rank, own) if prepare else None,
-            environment={name: str(value) for name, value in environment.items()}))
+        children.append(Child(own, folder=folder, logs=folder / f"logs-{rank}",
+                              prepare=functools.partial(join_the_others, rank, own)))
     try:
         return [child.wait() for child in children]
     finally:
