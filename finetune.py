@@ -32,6 +32,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -222,8 +223,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if given["caption"]:
         ignored = [name for name in given if name in SETTINGS and name not in FOR_CAPTION]
         if ignored := ignored + [name for name in ("check", "restart") if given[name]]:
-            parser.error(f"--caption goes with {', '.join(FOR_CAPTION)} alone, as flags; all else "
-                         f"is as in the training: leave out {', '.join(ignored)}")
+            flags = " ".join("--" + name.lower().replace("_", "-") for name in ignored)
+            parser.error(f"with --caption all but {', '.join(FOR_CAPTION)} is as in the training; "
+                         f"leave out {flags}")
     return argparse.Namespace(**{name: globals().get(name) for name in SETTINGS} | given)
 
 
@@ -284,7 +286,7 @@ def check_output_dir(settings: argparse.Namespace) -> list[str]:
         if folder.is_dir() and (folder.is_relative_to(output) or output.is_relative_to(folder)):
             problems.append(f"and {name} lie one in the other")
     return [f"OUTPUT_DIR {settings.OUTPUT_DIR!r} {problem}; name a folder of its own."
-            for problem in problems]
+            for problem in problems[:1]]
 
 
 # ---- Pairs --------------------------------------------------------------------------------------
@@ -396,6 +398,8 @@ def read_table(path: str, skipped: list[Skipped]) -> list[Pair]:
             pair = Pair(files.get(name, ""), " ".join(text.split()))
             reason = ("file_name leads out of the folder; copy the picture into it"
                       if name.startswith("../") else
+                      "it has more cells than the header; put quotes around a caption with commas"
+                      if None in row else
                       "there is no such file" if not pair.picture else
                       "the caption is empty, or no text" if not pair.caption else
                       "the caption is no valid Unicode" if re.search(r"[\ud800-\udfff]", text) else
@@ -411,6 +415,8 @@ def read_table(path: str, skipped: list[Skipped]) -> list[Pair]:
 
 def find_pairs(folder: str, named: int = NAMED) -> tuple[list[Pair], list[Skipped]]:
     """The pairs in whichever layout `folder` has, and what is not used. Raises UserError."""
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no folder {folder!r}. Name the one with pictures and captions.")
     there = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     found = [name for name in (*TABLES, "caption") if name in there]
     pairs, skipped = [], []
@@ -763,8 +769,9 @@ def add_lora(
     matched = {name for name, _ in model.named_modules() if re.fullmatch(pattern, name)}
     if not matched or matched - linear:
         kinds = sorted({re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in linear})
-        raise UserError("\n  ".join([f"LORA_TARGETS {targets!r} must match some of these:", *kinds,
-                                     f"and nothing else. Now it matches {sorted(matched)[:3]}"]))
+        raise UserError("\n  ".join([
+            f"LORA_TARGETS {targets!r} must be attention, all-linear, or match some of these:",
+            *kinds, f"and nothing else. Now it matches {sorted(matched)[:3] or 'nothing'}."]))
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern)
     adapter = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
     count, _ = adapter.get_nb_trainable_parameters()
@@ -1186,7 +1193,7 @@ def train(
     steps = epoch_steps * settings.EPOCHS
     print(f"steps: {steps}, {epoch_steps} an epoch" + f", {now.step} done" * bool(now.step))
     if steps < FEW_STEPS:
-        print(f"  too few to learn much: try EPOCHS = {math.ceil(FEW_STEPS / epoch_steps)}")
+        print(f"  perhaps too few to learn: try EPOCHS = {math.ceil(FEW_STEPS / epoch_steps)}")
     saved, pause = time.monotonic(), 60 * settings.CHECKPOINT_MINUTES or math.inf
     bar = tqdm(total=steps, initial=now.step, desc="training", unit="step", disable=None)
     with bar, noted_signals() as signals:
@@ -1613,6 +1620,7 @@ def put_in_place(output: Path) -> None:
         return
     for path in folder.iterdir():  # their content, before their name
         if path.is_file():
+            shutil.copymode(folder / "settings.json", path)  # safetensors are for the owner alone
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
     if output.exists() and any(output.iterdir()):
@@ -1702,8 +1710,11 @@ def caption_pictures(settings: argparse.Namespace) -> int:
                      if file == path or not file.lower().endswith((".txt", ".csv", ".jsonl"))]
     if not pictures:
         raise UserError(f"there is no file in {settings.caption}. Name pictures, or folders.")
+    print(f"adapter: {output}", file=sys.stderr)
     try:
         record = read_record(Path(output))
+        if "dtype" not in record:
+            raise ValueError("there is no settings.json of a run")
         trained = argparse.Namespace(**record["settings"] | {
             "DEVICE": settings.DEVICE, "NUM_BEAMS": settings.NUM_BEAMS,
             "DTYPE": "auto" if record["dtype"] == "float16" else record["dtype"]})
@@ -1713,8 +1724,8 @@ def caption_pictures(settings: argparse.Namespace) -> int:
         PeftModel.from_pretrained(captioner.model, output, torch_device=str(captioner.device),
                                   autocast_adapter_dtype=False)
     except (OSError, KeyError, AttributeError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"OUTPUT_DIR {output!r} holds no adapter that can be read: {error!r}. "
-                        "Train one first.") from error
+        raise UserError(f"OUTPUT_DIR {output!r} holds no adapter that can be read: {error}. Train "
+                        "one first, or finish a run by its own command.") from error
     processor = captioner.processor.image_processor
     for batch in read_pictures(pictures, processor, settings.NUM_WORKERS, "captioning", skipped):
         texts = captioner.caption(captioner.encode([one.pixel_values for one in batch]))

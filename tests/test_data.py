@@ -350,7 +350,7 @@ def test_a_table(check, tmp_path, name, bom):
     ("metadata.csv", b"file_name;text\n1.png;a cat\n", "commas"),
     ("metadata.csv", "file_name,text\n1.png,café".encode("cp1252"), "UTF-8"),
     ("metadata.csv", b'file_name,text\n1.png,"a cat\n', "can't be read"),
-    ("metadata.csv", b"", "no picture in"),
+    ("metadata.csv", b"", "no picture in"), ("metadata.jsonl", b"{}", "file_name and text"),
     ("metadata.jsonl", b"file_name,text\n1.png,a cat\n", "can't be read"),
     ("metadata.jsonl", b'["1.png", "a cat"]', "can't be read"),
     ("deeper/metadata.csv", b"file_name,text\n1.png,a cat\n", "no picture in"),
@@ -363,6 +363,14 @@ def test_a_table_that_cannot_be_used(command, tmp_path, name, content, words):
     code, out, err = command("--check", TRAIN_DIR=tmp_path / "data")
     assert code == 1 and re.search(words, err) and err.count("\n") == 1
     assert "deeper" not in name or f"{name}: a table is read in the folder itself alone" in out
+
+
+def test_a_caption_with_a_comma_and_without_quotes_is_not_cut(check, tmp_path):
+    write(tmp_path / "data/1.png")
+    write(tmp_path / "data/metadata.csv", b'file_name,text\n1.png,a red, star\n1.png,"a, b"\n')
+    done = check(tmp_path / "data")
+    assert [text for _, text in done.pairs] == ["a, b"] and "row 1: 1.png" in done.out
+    assert "put quotes around a caption with commas" in done.out
 
 
 def test_captions_beside_pictures(check, tmp_path):
@@ -471,7 +479,7 @@ def test_a_damaged_model(refused, small_data, opt_base, tmp_path, damage, words)
 @pytest.mark.parametrize("targets", ["query", r"vision_model\..*\.qkv", ".*"])
 def test_lora_targets_that_cannot_be_used(refused, small_data, opt_base, targets):
     sentence = refused(TRAIN_DIR=small_data, MODEL_ID=opt_base, LORA_TARGETS=targets)
-    assert f"LORA_TARGETS {targets!r} must match some of these" in sentence
+    assert f"LORA_TARGETS {targets!r} must be attention, all-linear, or match" in sentence
     assert re.search(r"^  language_model.*\\d\+.*q_proj$", sentence, re.M)
 
 
