@@ -280,7 +280,7 @@ def check_output_dir(settings: argparse.Namespace) -> list[str]:
     """Why OUTPUT_DIR can't be renamed, or would take with it what is not its own."""
     output = Path(os.path.realpath(settings.OUTPUT_DIR))  # of a link, what it points to
     problems = ["is the current folder, or above it"] * Path.cwd().is_relative_to(output)
-    problems += ["is a mount point, which can't be renamed"] * output.is_mount()
+    problems += ["is a mount point, which can't be renamed"] * os.path.ismount(output)
     for name in ("TRAIN_DIR", "VALIDATION_DIR", "MODEL_ID"):
         folder = Path(os.path.realpath(getattr(settings, name) or os.devnull))
         if folder.is_dir() and (folder.is_relative_to(output) or output.is_relative_to(folder)):
@@ -387,14 +387,14 @@ def read_table(path: str, skipped: list[Skipped]) -> list[Pair]:
             json.loads(line) for line in lines if line.strip())
         for number, row in enumerate(rows, 1):
             column = "text" if "text" in row else "caption"
-            if not {"file_name", column} <= row.keys():
+            if number == 1 and not {"file_name", column} <= row.keys():
                 raise UserError(
                     f"{path!r} has the columns {', '.join(map(repr, row))}, and needs file_name "
                     "and text: rename the column of paths to file_name, that of captions to text"
                     + ", and separate columns by commas" * (";" in "".join(map(str, row))) + ".")
-            name = str(row["file_name"] or "").replace("\\", "/")
+            name = str(row.get("file_name") or "").replace("\\", "/")
             name = relative(os.path.join(folder, name), folder)
-            text = row[column] if isinstance(row[column], str) else ""
+            text = row[column] if isinstance(row.get(column), str) else ""
             pair = Pair(files.get(name, ""), " ".join(text.split()))
             reason = ("file_name leads out of the folder; copy the picture into it"
                       if name.startswith("../") else
@@ -596,7 +596,8 @@ def choose_device(
     if dtype == "auto":  # is_bf16_supported() is true by emulation on older GPUs
         dtype = "bfloat16" if major >= 8 else "float16" if major and not is_t5 else "float32"
     if dtype == "float16" and (device == "cpu" or is_t5):
-        raise UserError("DTYPE float16 is for OPT on a GPU; T5 overflows in it. Set it to auto.")
+        raise UserError("DTYPE float16 is for OPT on a GPU; T5 overflows in it. Set it to auto; a "
+                        "run that began in it continues on a GPU, or anew by --restart.")
     return torch.device(device), getattr(torch, dtype), reason
 
 
@@ -1212,7 +1213,7 @@ def train(
                 most = min(now.micro_batch, math.ceil(len(pairs) / state.num_processes))
                 if most == 1:
                     raise UserError("not even one pair fits into memory. Lower MAX_CAPTION_TOKENS "
-                                    f"or LORA_RANK, or set LOAD_IN_4BIT. ({learner.trouble})")
+                                    "or LORA_RANK, or set LOAD_IN_4BIT. " + learner.trouble)
                 now.micro_batch = math.ceil(most / 2)
                 torch.cuda.empty_cache()
                 tqdm.write(f"out of memory: {now.micro_batch} pairs at a time, same result")
@@ -1248,6 +1249,7 @@ def train(
                 run.save(now, learner)
                 saved = time.monotonic()
             if stop:
+                state.wait_for_everyone()  # a launcher may kill all when the first one ends
                 raise KeyboardInterrupt(*signals[:1])
         if signals and state.num_processes == 1:  # in the last step; others would wait for this one
             raise KeyboardInterrupt(*signals[:1])
@@ -1523,12 +1525,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def refuse_foreign(output: Path) -> None:
+    """Raises UserError where OUTPUT_DIR holds something else than a run."""
+    if output.exists() and any(output.iterdir()) and not read_record(output):
+        raise UserError(f"OUTPUT_DIR {str(output)!r} holds files that are not from a run of this "
+                        "script, and stay as they are. Name another folder, or move them.")
+
+
 def find_checkpoint(run: Run, restart: bool) -> dict[str, Any] | None:
     """What to continue from, {} for a new run; None: it is finished. Raises UserError."""
     path, earlier = run.folder / "checkpoint.pt", read_record(run.output)
-    if run.output.exists() and any(run.output.iterdir()) and not earlier:
-        raise UserError(f"OUTPUT_DIR {str(run.output)!r} holds files that are not from a run of "
-                        "this script, and stay as they are. Name another folder.")
+    refuse_foreign(run.output)
     if restart:
         return {}
     if path.exists():
@@ -1589,9 +1596,14 @@ def finish(
     for page in ("report.png", "README.md"):  # PEFT's, or of an earlier try
         (folder / page).unlink(missing_ok=True)
     code = make_pages(folder, record)
-    save_record(folder, record)
+    for path in (path for path in folder.iterdir() if path.is_file()):
+        shutil.copymode(folder / "settings.json", path)  # safetensors are for their owner alone
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    save_record(folder, record)  # all is on the disk: what the run continues from can go
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     run.accelerator.end_training()  # its trackers hold files in this folder
+    run.accelerator.trackers = []
     put_in_place(run.output)
     print_summary(record, rows, pairs)
     print(f"adapter:         {run.output}")
@@ -1618,12 +1630,8 @@ def put_in_place(output: Path) -> None:
     folder = Path(f"{output}.unfinished")
     if (folder / "checkpoint.pt").exists() or not read_record(folder).get("results"):
         return
-    for path in folder.iterdir():  # their content, before their name
-        if path.is_file():
-            shutil.copymode(folder / "settings.json", path)  # safetensors are for the owner alone
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
     if output.exists() and any(output.iterdir()):
+        refuse_foreign(output)
         name = f"{output}-{time.strftime('%Y-%m-%d')}"
         names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
         aside = next(name for name in names if not os.path.lexists(name))
@@ -1669,8 +1677,9 @@ def fine_tune(settings: argparse.Namespace, data: Data) -> int:
         refuse_another(checkpoint, run)
         learner, now = begin(settings, captioner, datasets, checkpoint)
         accelerator.init_trackers("blip2", config=run.record["settings"])
-        if not checkpoint and accelerator.is_main_process:  # of a run that is given up
-            (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+        if not checkpoint and accelerator.is_main_process:
+            for name in ("settings.json", "checkpoint.pt"):  # of a run that is given up
+                (run.folder / name).unlink(missing_ok=True)
         if not now.step:
             run.log(now.metrics[0])
         train(settings, learner, datasets, now, run)
@@ -1769,7 +1778,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):  # file names may be no valid Unicode
         with contextlib.suppress(AttributeError):  # in a notebook
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8",
+                               errors="backslashreplace", line_buffering=True)
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

@@ -8,9 +8,10 @@ Fake tensors have shapes, dtypes and a device, and no values. finetune.py's own 
 Learner run on them, so that what is counted is what runs: every operation of torch that is no view
 is a kernel launch, and what is alive is memory. A synchronization raises, for there is no value to
 wait for, but for the reads of whole tensors, which are counted; so does an operation of the GPU
-that is given a tensor of the CPU. Only two things are made by hand: attention, which torch would
-choose by asking the GPU, and the 4-bit layers. A C++ compiler is needed: torch's CPU build knows
-no CUDA device, and is given one that does nothing.
+that is given a tensor of the CPU. Of what is computed, two things are made by hand: attention,
+which torch would choose by asking the GPU, and the 4-bit layers; conversion of modules, pinning and
+reading only because fake tensors can't. A C++ compiler is needed: torch's CPU build knows no CUDA
+device, and is given one that does nothing.
 """
 
 import argparse

@@ -57,9 +57,10 @@ def test_such_a_gpu_is_refused_before_anything_is_loaded(
 
 
 ELSEWHERE = """
-import multiprocessing, os, sys
+import multiprocessing, os, pathlib, sys
 for name in ("fork", "sync", "sched_getaffinity"):
     delattr(os, name)
+pathlib.Path.is_mount = None  # raises on Windows before Python 3.12
 sys.modules["fcntl"] = None
 multiprocessing.set_start_method("spawn")
 import finetune

@@ -264,6 +264,14 @@ def test_a_restart_gives_up_the_old_run_when_it_trains(event, left, unfinished):
     assert (", 4 done" in unfinished.finishes().out) == bool(left)
 
 
+def test_a_restart_does_not_bring_back_the_run_that_it_gave_up(encoded):
+    """That one was killed when it had its results, this one before its first checkpoint."""
+    encoded.killed("before unlink *checkpoint.pt 2")
+    encoded.killed("before step 1", "--restart")
+    ended = encoded.finishes()
+    assert " done" not in ended.out and "is finished" not in ended.out
+
+
 def test_an_unfinished_run_captions_and_so_does_the_earlier_one(unfinished, command):
     unfinished.has_earlier()
     before, picture = tree(unfinished.folder), next(unfinished.data.glob("Image/*/*.png"))
