@@ -659,12 +659,15 @@ class Captioner:
             text, answers = [self.prefix + ids for ids in padded], []
             width = len(features[0]) + len(text[0])
             first = width - longest - 1
-        # All numbers are sent at once: every mask or count on the device would be waited for.
-        numbers = [*itertools.chain(*text)], [*itertools.chain(*answers)], [
-            row * width + first + i for row, ids in enumerate(learned) for i in range(len(ids))
-        ], [*itertools.chain(*learned)], [row for row, ids in enumerate(learned) for _ in ids]
-        sent = self.send([*itertools.chain(*numbers)]).split([len(some) for some in numbers])
-        input_ids, decoder_ids, positions, targets, owners = sent
+        # A mask or a count on the device would be waited for: all is made here, and sent at once.
+        flat = itertools.chain.from_iterable
+        numbers = [
+            list(flat(text)), list(flat(answers)), list(flat(learned)),
+            # where each learned token is predicted, and whose it is
+            [row * width + first + i for row, ids in enumerate(learned) for i in range(len(ids))],
+            [row for row, ids in enumerate(learned) for _ in ids]]
+        sent = self.send(list(flat(numbers))).split([len(some) for some in numbers])
+        input_ids, decoder_ids, targets, positions, owners = sent
         model, inputs = self.model.language_model, self.embed(features, input_ids)
         if self.is_t5:
             states = model(inputs_embeds=inputs, decoder_input_ids=decoder_ids.view(len(rows), -1),
@@ -1159,12 +1162,11 @@ class Learner:
                 "scaler": self.scaler.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """The opposite; also of `master` alone."""
+        """The opposite."""
         self.master.data.copy_(state["master"])
         self.copy_parts()
-        if len(state) > 1:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
 
 
 @dataclasses.dataclass
@@ -1253,7 +1255,8 @@ def train(
                 raise KeyboardInterrupt(*signals[:1])
         if signals and state.num_processes == 1:  # in the last step; others would wait for this one
             raise KeyboardInterrupt(*signals[:1])
-    learner.load({"master": now.best_master})
+    learner.master.data.copy_(now.best_master)
+    learner.copy_parts()
 
 
 # ---- What a run leaves --------------------------------------------------------------------------
