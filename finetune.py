@@ -316,10 +316,8 @@ def read_caption(path: str) -> str:
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError("the caption is not in UTF-8; save it so, README says how") from error
-    if "\0" in text or len(raw) > CAPTION_BYTES:
-        raise ValueError("the caption is no text in UTF-8, or above 1 MB")
-    if not text.strip():
-        raise ValueError("the caption is empty")
+    if not text.strip() or "\0" in text or len(raw) > CAPTION_BYTES:
+        raise ValueError("the caption is empty, no text in UTF-8, or above 1 MB")
     return " ".join(text.split())
 
 
@@ -621,6 +619,10 @@ class Captioner:
         prompt = settings.PROMPT
         self.prefix = self.tokenizer(prompt, split_special_tokens=True).input_ids  # </s> is a word
         self.space = " " if prompt and not self.is_t5 else ""  # a T5's decoder begins anew
+        other = "" if self.dtype == torch.float32 else ", or set DTYPE to float32"
+        self.remedy = (  # for a loss that is not finite
+            f"Lower LEARNING_RATE{other}, and say --restart. If that does not help, delete the "
+            "folder .features in TRAIN_DIR: a damaged file there looks like this too.")
 
     def tokenize(self, caption: str) -> list[int]:
         """The ids of a caption, uncut and without the stop token."""
@@ -968,15 +970,8 @@ def held_out_loss(held_out: ImageCaptioningDataset) -> float:
         return math.nan
     loss = measure_losses(held_out).sum().item() / sum(held_out.tokens)
     if not math.isfinite(loss):
-        raise UserError(f"the held-out loss is {loss}. {not_finite(held_out.captioner.dtype)}")
+        raise UserError(f"the held-out loss is {loss}. {held_out.captioner.remedy}")
     return loss
-
-
-def not_finite(dtype: torch.dtype) -> str:
-    """What to do about a loss that is not finite."""
-    return ("Lower LEARNING_RATE" + ", or set DTYPE to float32" * (dtype != torch.float32) +
-            ", and say --restart. If that does not help, delete the folder .features in TRAIN_DIR: "
-            "a damaged file there looks like this too.")
 
 
 def caption_held_out(datasets: Datasets) -> list[tuple[str, float]]:
@@ -1224,8 +1219,7 @@ def train(
             if not (math.isfinite(loss) and learnable):
                 names = ", ".join(printable(dataset.pairs[i].picture) for i in pairs[:NAMED])
                 raise UserError(f"at step {now.step + 1} the loss is {loss}, the norm of its "
-                                f"gradient {norm}, with {names}. "
-                                + not_finite(learner.captioner.dtype))
+                                f"gradient {norm}, with {names}. {learner.captioner.remedy}")
             rate = learning_rate(now.step, steps, settings.LEARNING_RATE, settings.WARMUP_FRACTION)
             learner.step(rate, norm, settings.MAX_GRAD_NORM)
             now.step += 1
@@ -1482,13 +1476,11 @@ class Run:
 
 def fingerprint(settings: argparse.Namespace, data: Data) -> str:
     """Of the pictures' relative paths, their sizes, and the captions."""
-    digest = hashlib.sha256()
-    for pairs, root in zip(data, (settings.TRAIN_DIR, settings.VALIDATION_DIR), strict=False):
-        for picture, caption in pairs:
-            size = picture_key(picture, root).rpartition(" ")[0]  # not the time: it may be a copy
-            digest.update(f"{size}\n{caption}\n".encode(errors="surrogateescape"))
-        digest.update(b"\n")
-    return f"{len(data.pairs) + len(data.validation)} pairs, {digest.hexdigest()[:16]}"
+    folders = (data.pairs, settings.TRAIN_DIR), (data.validation, settings.VALIDATION_DIR)
+    lines = [picture_key(picture, root).rpartition(" ")[0] + "\n" + caption  # without the time
+             for pairs, root in folders for picture, caption in pairs]
+    digest = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape"))
+    return f"{len(lines)} pairs, {digest.hexdigest()[:16]}"
 
 
 def describe_model(captioner: Captioner) -> dict[str, Any]:
