@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tracemalloc
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -303,7 +304,9 @@ def write_table(path: Path, rows: list[dict], bom: bytes = b"") -> None:
 
 
 @pytest.mark.parametrize("layout", ["metadata.csv", "metadata.jsonl", "<name>.txt beside"])
-def test_the_sample_in_another_layout_is_the_same(sample, tmp_path, capsys, layout):
+def test_the_sample_in_another_layout_is_the_same(
+    sample, tmp_path, capsys, command, opt_base, layout
+):
     def read(folder: Path) -> list[list[tuple[str, str]]]:
         pairs, skipped = finetune.find_pairs(str(folder))
         assert len(pairs) == 208 and not skipped
@@ -320,6 +323,9 @@ def test_the_sample_in_another_layout_is_the_same(sample, tmp_path, capsys, layo
             write((tmp_path / row["file_name"]).with_suffix(".txt"), row["text"].encode())
     assert read(tmp_path) == expected and len(expected[1]) == 21
     assert f"layout of {tmp_path}: {layout}" in capsys.readouterr().out
+    code, out, err = command(TRAIN_DIR=tmp_path, MODEL_ID=opt_base, LEARNING_RATE=3e-3, EPOCHS=5,
+                             OUTPUT_DIR=tmp_path.with_name(f"{tmp_path.name}_out"))
+    assert code == 0 and "0 before, 21 after, of 21" in out, err
 
 
 @pytest.mark.parametrize("name, bom", [
@@ -363,6 +369,19 @@ def test_a_table_that_cannot_be_used(command, tmp_path, name, content, words):
     code, out, err = command("--check", TRAIN_DIR=tmp_path / "data")
     assert code == 1 and re.search(words, err) and err.count("\n") == 1
     assert "deeper" not in name or f"{name}: a table is read in the folder itself alone" in out
+
+
+def test_many_rows_need_little_memory(tmp_path):
+    """Below 1 kB for each pair, so that a million fit anywhere."""
+    for number in range(100):
+        write(tmp_path / f"{number}.png", b"")
+    rows = (f"{number % 100}.png,a caption of picture number {number}" for number in range(20_000))
+    write(tmp_path / "metadata.csv", "\n".join(["file_name,text", *rows]).encode())
+    tracemalloc.start()
+    pairs, _ = finetune.find_pairs(str(tmp_path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(pairs) == 20_000 and peak < 1000 * len(pairs)
 
 
 def test_a_caption_with_a_comma_and_without_quotes_is_not_cut(check, tmp_path):

@@ -4,7 +4,9 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import flags_of
@@ -56,6 +58,14 @@ def test_such_a_gpu_is_refused_before_anything_is_loaded(
     assert "memory:" not in output
 
 
+def test_one_gpu_for_several_processes_is_refused(monkeypatch):
+    """Each takes a GPU of its own: with cuda:1 all would load their models into the same one."""
+    several = SimpleNamespace(num_processes=2, local_process_index=0)
+    monkeypatch.setattr(finetune, "PartialState", lambda: several)
+    with pytest.raises(finetune.UserError, match="'cuda:1', but each process takes a GPU"):
+        finetune.choose_device("cuda:1", "auto", False, 1)
+
+
 ELSEWHERE = """
 import multiprocessing, os, pathlib, sys
 for name in ("fork", "sync", "sched_getaffinity"):
@@ -80,6 +90,8 @@ def test_help_check_and_training_need_nothing_that_only_linux_has(opt_base, smal
     script = 'mount -t tmpfs -o size=4k none /dev/shm && exec "$@"'
     without = ["unshare", "-rm", "sh", "-c", script, "sh"]
     possible = shutil.which("unshare") and not subprocess.run([*without, "true"]).returncode
+    if not possible:  # what else is shown here does not depend on it
+        warnings.warn("no namespaces here: /dev/shm stays", stacklevel=1)
     done = subprocess.run([*(without if possible else []), *child], cwd=HERE.parent, timeout=200,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
