@@ -24,7 +24,6 @@ import csv
 import dataclasses
 import functools
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -63,8 +62,9 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
-for talkative in ("bitsandbytes", "huggingface_hub"):  # at import; on every try without network
-    logging.getLogger(talkative).setLevel(logging.ERROR)
+# Some talk at import, some on every try without network; what matters about a picture raises.
+for talkative in ("bitsandbytes", "huggingface_hub", "PIL", "matplotlib"):
+    logging.getLogger(talkative).setLevel(logging.CRITICAL)
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 # ==== Settings: edit these, or give them as flags (BATCH_SIZE is --batch-size) ====
@@ -102,7 +102,7 @@ CHECKPOINT_MINUTES: float = 10.0  # between checkpoints, beside those at epochs'
 LOG_WITH: str = ""  # a tracker that accelerate knows: tensorboard, wandb, mlflow, ...; "": none
 # ==== End of settings ====
 
-SETTINGS = inspect.get_annotations(sys.modules[__name__])  # name: type
+SETTINGS = sys.modules[__name__].__annotations__  # name: type
 HARMLESS = "OUTPUT_DIR DEVICE NUM_WORKERS CHECKPOINT_MINUTES SAMPLE_COUNT LOG_WITH".split()
 FOR_CAPTION = "OUTPUT_DIR DEVICE NUM_WORKERS NUM_BEAMS".split()  # all else is as in the training
 LORA_PATTERNS = {
@@ -130,6 +130,7 @@ FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei
 TABLES = ("metadata.csv", "metadata.jsonl")
 NOT_SHARED = ("the processes see other files, or have other settings. Put TRAIN_DIR and OUTPUT_DIR "
               "on a file system that all machines share, and start all by the same command.")
+# Whoever says it: an allocator, cuBLAS, the CUDA runtime or its driver.
 OUT_OF_MEMORY = r"out of memory|can't allocate memory|CUBLAS_STATUS_(ALLOC_FAIL|NOT_INITIALIZ)ED"
 REMEDIES = {  # of errors that are not ours, by what they say
     "file lock": "Another run works on this OUTPUT_DIR: stop it, or name another one. Only if none "
@@ -142,11 +143,6 @@ REMEDIES = {  # of errors that are not ours, by what they say
 
 class UserError(Exception):
     """What only the user can mend: a sentence that says what is wrong, where, and what to do."""
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whoever says it: an allocator, cuBLAS, the CUDA runtime or its driver."""
-    return bool(re.search(OUT_OF_MEMORY, str(error)))
 
 
 def spread(items: Sequence, count: int) -> list:
@@ -206,31 +202,32 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The settings under their own names, overridden by flags; `check`, `restart` and `caption`."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        usage="%(prog)s [--check | --restart | --caption PATH ...] [--setting value ...]")
     parser.add_argument("--check", action="store_true", help="read everything; write nothing")
     parser.add_argument("--restart", action="store_true", help="train from the start")
     parser.add_argument("--caption", nargs="+", metavar="PATH", help="pictures or folders")
     source = Path(__file__).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^([A-Z0-9_]+): .*?  # (.*)$", source, re.M))
+    defaults = {name: globals().get(name) for name in SETTINGS}
     for name, kind in SETTINGS.items():
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
             "type": kind, "metavar": kind.__name__.upper()}
-        text = f"{comments.get(name, '')} (now {globals().get(name)!r})".replace("%", "%%")
-        parser.add_argument("--" + name.lower().replace("_", "-"), dest=name, help=text,
-                            default=argparse.SUPPRESS, **how)
+        text = f"{comments.get(name, '')} (now {defaults[name]!r})".replace("%", "%%")
+        parser.add_argument("--" + name.lower().replace("_", "-"), dest=name, help=text, **how)
     given = vars(parser.parse_args(argv))
-    if given["caption"]:
-        ignored = [name for name in given if name in SETTINGS and name not in FOR_CAPTION]
-        if ignored := ignored + [name for name in ("check", "restart") if given[name]]:
-            flags = " ".join("--" + name.lower().replace("_", "-") for name in ignored)
-            parser.error(f"with --caption all but {', '.join(FOR_CAPTION)} is as in the training; "
-                         f"leave out {flags}")
-    return argparse.Namespace(**{name: globals().get(name) for name in SETTINGS} | given)
+    ignored = ["--" + name.lower().replace("_", "-") for name in given
+               if name not in ("caption", *FOR_CAPTION)]
+    if "caption" in given and ignored:
+        parser.error(f"with --caption all but {', '.join(FOR_CAPTION)} is as in the training; "
+                     f"leave out {' '.join(ignored)}")
+    return argparse.Namespace(**{"check": 0, "restart": 0, "caption": []} | defaults | given)
 
 
 def check_settings(settings: argparse.Namespace) -> None:
-    """Raises one UserError with every problem of the settings."""
+    """Raises one UserError with every problem; gives paths and prompt one form."""
     trackers = ["", *sorted(map(str, get_available_trackers()))]
     rules = {  # what settings must be beside of their type, in words and as a test
         "LORA_RANK LORA_ALPHA EPOCHS BATCH_SIZE LEARNING_RATE":
@@ -449,17 +446,13 @@ def find_pairs(folder: str, named: int = NAMED) -> tuple[list[Pair], list[Skippe
 
 def find_copies(pictures: set[str], others: set[str]) -> list[str]:
     """Those of `pictures` that are, byte for byte, one of `others`."""
-    sizes = {path: os.path.getsize(path) for path in pictures | others if os.path.isfile(path)}
-    common = {sizes.get(path) for path in pictures} & {sizes.get(path) for path in others}
-
-    def digest(path: str) -> bytes | str:
-        with contextlib.suppress(OSError):
-            if sizes.get(path) in common:
-                return hashlib.sha256(Path(path).read_bytes()).digest()
-        return path
-
-    known = {digest(path) for path in others}
-    return sorted(path for path in pictures if digest(path) in known)
+    there = {path for path in pictures | others
+             if os.path.isfile(path) and os.access(path, os.R_OK)}
+    sizes = {os.path.getsize(path) for path in pictures & there}
+    digests = {path: hashlib.sha256(Path(path).read_bytes()).digest()
+               for path in there if os.path.getsize(path) in sizes}
+    known = {digests[path] for path in others & digests.keys()}
+    return sorted(path for path in pictures & digests.keys() if digests[path] in known)
 
 
 def print_skipped(skipped: list[Skipped], named: int = NAMED) -> None:
@@ -473,12 +466,6 @@ def print_skipped(skipped: list[Skipped], named: int = NAMED) -> None:
 
 
 # ---- Pictures -----------------------------------------------------------------------------------
-
-
-class Decoded(NamedTuple):
-    path: str
-    pixel_values: np.ndarray | None  # (3, height, width)
-    reason: str = ""  # why there are none
 
 
 def read_picture(path: str, side: int) -> Image.Image:
@@ -504,26 +491,25 @@ def read_picture(path: str, side: int) -> Image.Image:
     return upright.convert("RGB")
 
 
-def decode(paths: list[str], image_processor: Any) -> list[Decoded]:
-    """Pictures as the vision tower takes them (without a processor: only read), or why not."""
-    decoded, side = [], image_processor.size["height"] if image_processor else 224
+def decode(paths: list[str], image_processor: Any) -> tuple[dict[str, np.ndarray], list[Skipped]]:
+    """Pixel values, (3, height, width), or None without a processor; and what can't be read."""
+    pixels, skipped, side = {}, [], image_processor.size["height"] if image_processor else 224
     for path in paths:
         try:
             picture = read_picture(path, side)
-            pixels = image_processor(picture).pixel_values[0] if image_processor else None
-            decoded.append(Decoded(path, pixels))
+            pixels[path] = image_processor(picture).pixel_values[0] if image_processor else None
         except UnidentifiedImageError:
             formats = ", ".join(PICTURE_FORMATS)
-            decoded.append(Decoded(path, None, f"is none of {formats}; save it as JPEG"))
+            skipped.append((path, f"is none of {formats}; save it as JPEG"))
         except Exception as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            decoded.append(Decoded(path, None, f"can't be read: {reason}"))
-    return decoded
+            skipped.append((path, f"can't be read: {reason}"))
+    return pixels, skipped
 
 
 def read_pictures(
     paths: Sequence[str], image_processor: Any, workers: int, title: str, skipped: list[Skipped]
-) -> Iterator[list[Decoded]]:
+) -> Iterator[dict[str, np.ndarray]]:
     """What can be read, in order, about INFERENCE_BATCH at a time; the rest is added to `skipped`.
 
     By threads: Pillow and NumPy leave the GIL. At most two batches for each wait to be taken.
@@ -535,12 +521,12 @@ def read_pictures(
         waiting = deque(itertools.islice(tasks, 2 * workers))
         try:
             while waiting:
-                decoded = waiting.popleft().result()
+                pixels, broken = waiting.popleft().result()
                 waiting.extend(itertools.islice(tasks, 1))
-                skipped += [(one.path, one.reason) for one in decoded if one.reason]
-                if good := [one for one in decoded if not one.reason]:
-                    yield good
-                bar.update(len(decoded))
+                skipped += broken
+                if pixels:
+                    yield pixels
+                bar.update(len(pixels) + len(broken))
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -607,16 +593,15 @@ class Captioner:
     """
 
     def __init__(
-        self, model: Blip2ForConditionalGeneration, processor: Blip2Processor,
-        settings: argparse.Namespace,
+        self, model: Blip2ForConditionalGeneration, processor: Blip2Processor, prompt: str,
+        limit: int, beams: int,
     ) -> None:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.device, self.dtype = model.device, model.language_projection.weight.dtype
         text = model.config.text_config
         self.is_t5, self.pad = text.model_type == "t5", text.pad_token_id
         self.stop = text.eos_token_id  # OPT: a newline, not its tokenizer's </s>
-        self.limit, self.beams = settings.MAX_CAPTION_TOKENS, settings.NUM_BEAMS
-        prompt = settings.PROMPT
+        self.limit, self.beams = limit, beams  # tokens of a caption; of the search for one
         self.prefix = self.tokenizer(prompt, split_special_tokens=True).input_ids  # </s> is a word
         self.space = " " if prompt and not self.is_t5 else ""  # a T5's decoder begins anew
         other = "" if self.dtype == torch.float32 else ", or set DTYPE to float32"
@@ -721,8 +706,6 @@ def load_captioner(settings: argparse.Namespace) -> Captioner:
         # The Pillow class by name: the automatic one depends on whether torchvision is installed.
         image_processor = transformers.BlipImageProcessorPil.from_pretrained(model_id)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
-        if not tokenizer.decode(text.eos_token_id):
-            raise ValueError("its tokenizer is missing")
         processor = Blip2Processor(image_processor, tokenizer, config.num_query_tokens)
         nf4 = transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
         model, loading = Blip2ForConditionalGeneration.from_pretrained(
@@ -734,7 +717,7 @@ def load_captioner(settings: argparse.Namespace) -> Captioner:
     except UserError:
         raise
     except Exception as error:  # missing and damaged files raise a dozen kinds
-        if is_out_of_memory(error):
+        if re.search(OUT_OF_MEMORY, str(error)):
             raise
         why = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"can't load MODEL_ID {model_id!r}: {why}. Check name and network; a "
@@ -746,13 +729,10 @@ def load_captioner(settings: argparse.Namespace) -> Captioner:
             module.support_avx512bf16_for_cpu = False
     if device.type == "cpu" and size < TINY_PARAMETERS:
         torch.set_num_threads(1)
-    taken = model.get_memory_footprint()
-    print(f"memory: {taken / 1e9:.3g} GB for the weights")
-    if in_4bit and device.type == "cuda":  # 2 bytes a weight, and as much for the work
-        if torch.cuda.mem_get_info(device)[0] + taken > 4 * size:
-            print("  there is room for it without 4 bits, which is faster: LOAD_IN_4BIT = False")
+    print(f"memory: {model.get_memory_footprint() / 1e9:.3g} GB for the weights")
     model.eval().requires_grad_(False)
-    captioner = Captioner(model, processor, settings)
+    captioner = Captioner(model, processor, settings.PROMPT, settings.MAX_CAPTION_TOKENS,
+                          settings.NUM_BEAMS)
     room = getattr(text, "max_position_embeddings", math.inf)
     if config.num_query_tokens + len(captioner.prefix) + captioner.limit + 1 > room:
         raise UserError(f"picture, PROMPT and MAX_CAPTION_TOKENS = {captioner.limit} need more "
@@ -841,9 +821,9 @@ def encode_pictures(
     print(f"pictures: {len(new)} to encode, {len(keys) - len(new)} known from an earlier run")
     PartialState().wait_for_everyone()  # what one has encoded would be missing in another's list
     processor = captioner.processor.image_processor
-    for batch in read_pictures(share(new), processor, workers, "encoding", skipped):
-        features = captioner.encode([one.pixel_values for one in batch])
-        names = json.dumps([keys[one.path] for one in batch])
+    for pixels in read_pictures(share(new), processor, workers, "encoding", skipped):
+        features = captioner.encode([*pixels.values()])
+        names = json.dumps([keys[picture] for picture in pixels])
         with whole_file(folder / f"{uuid.uuid4().hex}.safetensors") as file:
             file.write(save({"features": features}, {"pictures": names}))
     skipped = sorted(gather_object(skipped))  # which also waits for all
@@ -903,11 +883,8 @@ def split_pairs(
     Pictures are ranked by a hash of seed and path: a new one does not reshuffle the rest.
     """
 
-    def rank(picture: str) -> str:
-        name = f"{seed} {relative(picture, root)}"
-        return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
-
-    ranked = sorted({pair.picture for pair in pairs}, key=rank)
+    ranked = sorted({pair.picture for pair in pairs}, key=lambda picture: hashlib.sha256(
+        f"{seed} {relative(picture, root)}".encode(errors="surrogateescape")).digest())
     count = min(len(ranked) - 1, max(1, round(len(ranked) * fraction))) if fraction else 0
     held_out = set(ranked[:count])
     return ([pair for pair in pairs if pair.picture not in held_out],
@@ -1115,7 +1092,7 @@ class Learner:
                 self.master.grad += torch.cat([gradient.flatten() for gradient in gradients])
                 losses.append(some.detach())
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not re.search(OUT_OF_MEMORY, str(error)):
                 raise
             self.trouble = str(error)
             return None  # and the traceback, which held all activations, is gone
@@ -1336,15 +1313,14 @@ def draw_report(folder: Path, record: dict[str, Any]) -> None:
     losses.update_datalim([(0, 0)])
     losses.autoscale_view()  # so that there is room above the highest
     losses.locator_params("x", integer=True)
-    shown = describe_results(record["results"])
-    title = (f"held-out loss: {shown['held_out_loss']}; exact: {shown['exact']}; "
-             f"CIDEr-D: {shown['cider_d']}")
-    losses.set(xlabel="step", ylabel="loss per token", ylim=(0, None), title=title)
+    losses.set(xlabel="step", ylabel="loss per token", ylim=(0, None),
+               title="held-out loss: {held_out_loss}; exact: {exact}; CIDEr-D: {cider_d}".format(
+                   **describe_results(record["results"])))
     losses.legend(frameon=False)
     losses.spines[["top", "right"]].set_visible(False)
     for number, row in enumerate(rows):
-        line, column = 1 + number // 2, number % 2 * 2
-        picture, words = (figure.add_subplot(grid[line, column + i]) for i in (0, 1))
+        picture, words = (figure.add_subplot(grid[1 + number // 2, number % 2 * 2 + column])
+                          for column in (0, 1))
         picture.axis("off")
         words.axis("off")
         with contextlib.suppress(Exception):  # it is gone by now
@@ -1445,6 +1421,33 @@ def make_pages(folder: Path, record: dict[str, Any]) -> int:
 # ---- Runs: one folder, and one file to continue from, until all is done -------------------------
 
 
+def fingerprint(settings: argparse.Namespace, data: Data) -> str:
+    """Of the pictures' relative paths, their sizes, and the captions."""
+    folders = (data.pairs, settings.TRAIN_DIR), (data.validation, settings.VALIDATION_DIR)
+    lines = [picture_key(picture, root).rpartition(" ")[0] + "\n" + caption  # without the time
+             for pairs, root in folders for picture, caption in pairs]
+    digest = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape"))
+    return f"{len(lines)} pairs, {digest.hexdigest()[:16]}"
+
+
+def list_differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What makes this run another one than the earlier, of what is known now."""
+    old, new = (record["settings"] | {
+        "pictures or captions": record.get("data"),
+        "the vision side of MODEL_ID": record.get("vision_side"),
+        "pictures that can't be read": record.get("unreadable")} for record in (earlier, now))
+    return [f"{name}: {old.get(name)!r} then, {value!r} now" for name, value in new.items()
+            if name not in HARMLESS and value is not None and old.get(name) != value]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The settings.json of a run; {}: there is none, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        record = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        return record if isinstance(record.get("settings"), dict) else {}
+    return {}
+
+
 @dataclasses.dataclass
 class Run:
     """What a run is known by, and where it writes."""
@@ -1453,6 +1456,50 @@ class Run:
     folder: Path  # where it is until then
     record: dict[str, Any]  # settings.json
     accelerator: Accelerator
+
+    def put_in_place(self) -> None:
+        """Renames a finished run to OUTPUT_DIR, and what was there by the date.
+
+        Raises UserError where something else than a run is there.
+        """
+        earlier = self.output.exists() and any(self.output.iterdir())
+        if earlier and not read_record(self.output):
+            raise UserError(f"OUTPUT_DIR {str(self.output)!r} holds files that are not from a run "
+                            "of this script, and stay as they are. Name another folder, or move "
+                            "them.")
+        if (self.folder / "checkpoint.pt").exists() or not read_record(self.folder).get("results"):
+            return
+        if earlier:
+            name = f"{self.output}-{time.strftime('%Y-%m-%d')}"
+            names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+            aside = next(name for name in names if not os.path.lexists(name))
+            self.output.rename(aside)
+            print(f"the earlier run is in {aside} now")
+        elif self.output.exists():
+            self.output.rmdir()
+        self.folder.rename(self.output)
+
+    def find_checkpoint(self, restart: bool) -> dict[str, Any] | None:
+        """What to continue from, {} for a new run; None: it is finished. Raises UserError."""
+        path, earlier = self.folder / "checkpoint.pt", read_record(self.output)
+        if restart:
+            return {}
+        if path.exists():
+            try:
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged file raises a dozen kinds
+                raise UserError(f"{str(path)!r} is damaged: {error}. Put back a copy of it, or "
+                                "give --restart to train anew.") from error
+            self.refuse_another(checkpoint)
+            return checkpoint
+        return None if earlier.get("results") and not list_differences(earlier, self.record) else {}
+
+    def refuse_another(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError where a checkpoint, {} for none, is that of another run."""
+        if changed := checkpoint and list_differences(checkpoint["record"], self.record):
+            raise UserError("\n  ".join([
+                f"{str(self.folder)!r} holds an unfinished run, and:", *changed, "Set that back to "
+                "continue, give --restart to train anew, or name another OUTPUT_DIR."]))
 
     def log(self, row: dict[str, float]) -> None:
         """A row of metrics.csv, to the tracker."""
@@ -1474,15 +1521,6 @@ class Run:
             file.write(buffer.getbuffer())
 
 
-def fingerprint(settings: argparse.Namespace, data: Data) -> str:
-    """Of the pictures' relative paths, their sizes, and the captions."""
-    folders = (data.pairs, settings.TRAIN_DIR), (data.validation, settings.VALIDATION_DIR)
-    lines = [picture_key(picture, root).rpartition(" ")[0] + "\n" + caption  # without the time
-             for pairs, root in folders for picture, caption in pairs]
-    digest = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape"))
-    return f"{len(lines)} pairs, {digest.hexdigest()[:16]}"
-
-
 def describe_model(captioner: Captioner) -> dict[str, Any]:
     """What a record says of the loaded model."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "pillow")
@@ -1492,56 +1530,6 @@ def describe_model(captioner: Captioner) -> dict[str, Any]:
             "base_commit": getattr(captioner.model.config, "_commit_hash", None),
             "processes": PartialState().num_processes,
             "versions": {name: version(name) for name in packages}}
-
-
-def list_differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What makes this run another one than the earlier, of what is known now."""
-    old, new = (record["settings"] | {
-        "pictures or captions": record.get("data"),
-        "the vision side of MODEL_ID": record.get("vision_side"),
-        "pictures that can't be read": record.get("unreadable")} for record in (earlier, now))
-    return [f"{name}: {old.get(name)!r} then, {value!r} now" for name, value in new.items()
-            if name not in HARMLESS and value is not None and old.get(name) != value]
-
-
-def refuse_another(checkpoint: dict[str, Any], run: Run) -> None:
-    """Raises UserError where a checkpoint, {} for none, is that of another run."""
-    if changed := checkpoint and list_differences(checkpoint["record"], run.record):
-        raise UserError("\n  ".join([
-            f"{str(run.folder)!r} holds an unfinished run, and:", *changed, "Set that back to "
-            "continue, give --restart to train anew, or name another OUTPUT_DIR."]))
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The settings.json of a run; {}: there is none, or it is damaged."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        record = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        return record if isinstance(record.get("settings"), dict) else {}
-    return {}
-
-
-def refuse_foreign(output: Path) -> None:
-    """Raises UserError where OUTPUT_DIR holds something else than a run."""
-    if output.exists() and any(output.iterdir()) and not read_record(output):
-        raise UserError(f"OUTPUT_DIR {str(output)!r} holds files that are not from a run of this "
-                        "script, and stay as they are. Name another folder, or move them.")
-
-
-def find_checkpoint(run: Run, restart: bool) -> dict[str, Any] | None:
-    """What to continue from, {} for a new run; None: it is finished. Raises UserError."""
-    path, earlier = run.folder / "checkpoint.pt", read_record(run.output)
-    refuse_foreign(run.output)
-    if restart:
-        return {}
-    if path.exists():
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises a dozen kinds
-            raise UserError(f"{str(path)!r} is damaged: {error}. Put back a copy of it, or give "
-                            "--restart to train anew.") from error
-        refuse_another(checkpoint, run)
-        return checkpoint
-    return None if earlier.get("results") and not list_differences(earlier, run.record) else {}
 
 
 def begin(
@@ -1599,7 +1587,7 @@ def finish(
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     run.accelerator.end_training()  # its trackers hold files in this folder
     run.accelerator.trackers = []
-    put_in_place(run.output)
+    run.put_in_place()
     print_summary(record, rows, pairs)
     print(f"adapter:         {run.output}")
     return code
@@ -1620,23 +1608,6 @@ def print_summary(record: dict, rows: list[Captioned], pairs: list[list[tuple]])
         print(f"to look at:      {remark}")
 
 
-def put_in_place(output: Path) -> None:
-    """Renames a finished run to OUTPUT_DIR, and what was there by the date."""
-    folder = Path(f"{output}.unfinished")
-    if (folder / "checkpoint.pt").exists() or not read_record(folder).get("results"):
-        return
-    if output.exists() and any(output.iterdir()):
-        refuse_foreign(output)
-        name = f"{output}-{time.strftime('%Y-%m-%d')}"
-        names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
-        aside = next(name for name in names if not os.path.lexists(name))
-        output.rename(aside)
-        print(f"the earlier run is in {aside} now")
-    elif output.exists():
-        output.rmdir()
-    folder.rename(output)
-
-
 def fine_tune(settings: argparse.Namespace, data: Data) -> int:
     """A run, or the rest of it. Returns the exit code."""
     output = Path(os.path.realpath(settings.OUTPUT_DIR))  # of a link, what it points to
@@ -1650,9 +1621,9 @@ def fine_tune(settings: argparse.Namespace, data: Data) -> int:
         if accelerator.is_main_process:
             output.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(f"{output}.lock", timeout=0))
-            put_in_place(output)
+            run.put_in_place()
         accelerator.wait_for_everyone()
-        checkpoint = find_checkpoint(run, settings.restart)
+        checkpoint = run.find_checkpoint(settings.restart)
         step = checkpoint["progress"]["step"] if checkpoint else checkpoint
         seen = gather_object([(run.record, step)])
         if any(list_differences(seen[0][0], other) or at != seen[0][1] for other, at in seen):
@@ -1665,11 +1636,11 @@ def fine_tune(settings: argparse.Namespace, data: Data) -> int:
             settings.DTYPE = checkpoint["record"]["dtype"]  # whatever this device's would be
         captioner = load_captioner(settings)
         run.record |= describe_model(captioner)
-        refuse_another(checkpoint, run)
+        run.refuse_another(checkpoint)
         feature_dir = feature_folder(settings.TRAIN_DIR, str(output), run.record["vision_side"])
         datasets, broken = build_datasets(settings, captioner, data, feature_dir)
         run.record["unreadable"] = [path for path, _ in broken]
-        refuse_another(checkpoint, run)
+        run.refuse_another(checkpoint)
         learner, now = begin(settings, captioner, datasets, checkpoint)
         accelerator.init_trackers("blip2", config=run.record["settings"])
         if not checkpoint and accelerator.is_main_process:
@@ -1689,11 +1660,11 @@ def check_pictures(settings: argparse.Namespace, data: Data) -> int:
     captions, skipped, readable = defaultdict(list), list(data.skipped), set()
     for picture, caption in data.pairs + data.validation:
         captions[picture].append(caption)
-    for batch in read_pictures(list(captions), None, settings.NUM_WORKERS, "checking", skipped):
-        for path in (one.path for one in batch):
-            readable.add(path)
-            for caption in captions[path]:
-                print(f"{printable(path)}\t{printable(caption)}")
+    for pictures in read_pictures(list(captions), None, settings.NUM_WORKERS, "checking", skipped):
+        readable.update(pictures)
+        for picture in pictures:
+            for caption in captions[picture]:
+                print(f"{printable(picture)}\t{printable(caption)}")
     print_skipped(skipped, named=sys.maxsize)
     counts = [sum(pair.picture in readable for pair in some) for some in data[:2]]
     print(f"pairs: {sum(counts)}")
@@ -1706,12 +1677,11 @@ def caption_pictures(settings: argparse.Namespace) -> int:
     Adapter, base, prompt and quantization are those in OUTPUT_DIR. All else goes to stderr.
     Returns the exit code: 1 if a picture could not be captioned.
     """
-    skipped, output = [], settings.OUTPUT_DIR
-    pictures = []
+    pictures, skipped, output = {}, [], settings.OUTPUT_DIR  # a dict: each picture once, in order
     for path in settings.caption:
         found = list_files(path, skipped) if os.path.isdir(path) else [path]
-        pictures += [file for file in found  # captions beside pictures are no pictures
-                     if file == path or not file.lower().endswith((".txt", ".csv", ".jsonl"))]
+        pictures |= dict.fromkeys(file for file in found  # captions beside them are no pictures
+                                  if file == path or not file.endswith((".txt", ".csv", ".jsonl")))
     if not pictures:
         raise UserError(f"there is no file in {settings.caption}. Name pictures, or folders.")
     print(f"adapter: {output}", file=sys.stderr)
@@ -1730,11 +1700,11 @@ def caption_pictures(settings: argparse.Namespace) -> int:
     except (OSError, KeyError, AttributeError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"OUTPUT_DIR {output!r} holds no adapter that can be read: {error}. Train "
                         "one first, or finish a run by its own command.") from error
-    processor = captioner.processor.image_processor
-    for batch in read_pictures(pictures, processor, settings.NUM_WORKERS, "captioning", skipped):
-        texts = captioner.caption(captioner.encode([one.pixel_values for one in batch]))
-        for one, (text, confidence) in zip(batch, texts, strict=True):  # to stdout, past the bar
-            tqdm.write(f"{printable(one.path)}\t{printable(text)}\t{confidence:.4f}")
+    processor, workers = captioner.processor.image_processor, settings.NUM_WORKERS
+    for pixels in read_pictures(list(pictures), processor, workers, "captioning", skipped):
+        texts = captioner.caption(captioner.encode([*pixels.values()]))
+        for picture, (text, confidence) in zip(pixels, texts, strict=True):
+            tqdm.write(f"{printable(picture)}\t{printable(text)}\t{confidence:.4f}")
     with contextlib.redirect_stdout(sys.stderr):
         print_skipped(skipped, named=sys.maxsize)
     return 1 if skipped else 0
@@ -1778,8 +1748,6 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    for talkative in ("PIL", "matplotlib"):  # what matters about a picture raises
-        logging.getLogger(talkative).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="PIL|transformers|peft|matplotlib")
 
     def stop(number: int, _: Any) -> None:

@@ -127,12 +127,11 @@ def load_loop(
     (c) puts the vision side away, as finetune.py does.
     """
     captioner = load_captioner(kind, model_id, device)
-    model, decoded = captioner.model, []
+    model, processor = captioner.model, captioner.processor.image_processor
     with contextlib.redirect_stdout(sys.stderr):
         pairs, _ = finetune.find_pairs(str(data))
-        for pair in pairs:
-            processor = captioner.processor.image_processor
-            decoded.append(finetune.decode([pair.picture], processor)[0].pixel_values)
+        pixels, _ = finetune.decode([pair.picture for pair in pairs], processor)
+        decoded = [pixels[pair.picture] for pair in pairs]
         features = [] if kind.letter != "c" else [
             captioner.encode([pixels])[0].cpu() for pixels in decoded]
         if kind.letter == "c":
@@ -282,7 +281,7 @@ def measure_encoding(kind: Kind, where: tuple, pictures: list[str], repeats: int
     captioner, size = load_captioner(kind, where[0], where[2]), finetune.INFERENCE_BATCH
     processor, threads = captioner.processor.image_processor, torch.get_num_threads()
     some = [pictures[:size], pictures[size : 2 * size]]
-    pixels = [[one.pixel_values for one in finetune.decode(paths, processor)] for paths in some]
+    pixels = [list(finetune.decode(paths, processor)[0].values()) for paths in some]
 
     def decode() -> None:
         torch.set_num_threads(1)

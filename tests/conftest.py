@@ -14,11 +14,7 @@ import make_tiny_blip2  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import processors  # noqa: E402
-from transformers import (  # noqa: E402
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2Processor,
-)
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor  # noqa: E402
 
 import finetune  # noqa: E402
 
@@ -27,8 +23,8 @@ torch.set_num_threads(1)  # several times faster for models as tiny as these
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        for item in (item for item in items if "gpu" in item.keywords):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
@@ -112,8 +108,7 @@ def command(tmp_path, capsys):
         settings = {"OUTPUT_DIR": tmp_path / "out"} | settings
         capsys.readouterr()
         code = finetune.main([*flags_of(settings), *flags])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return code, *capsys.readouterr()
 
     return call
 
@@ -136,17 +131,17 @@ def build(tmp_path):
     """
 
     def make(model_id: str, train_dir, **settings) -> SimpleNamespace:
-        settings = {"LOAD_IN_4BIT": False, "LORA_RANK": 8, "LORA_ALPHA": 16.0, "LORA_DROPOUT": 0.0,
-                    "DEVICE": "cpu", "OUTPUT_DIR": tmp_path / "out"} | settings
-        settings = finetune.parse_arguments(flags_of(
-            {"MODEL_ID": model_id, "TRAIN_DIR": train_dir} | settings))
+        settings = finetune.parse_arguments(flags_of({
+            "MODEL_ID": model_id, "TRAIN_DIR": train_dir, "OUTPUT_DIR": tmp_path / "out",
+            "LOAD_IN_4BIT": False, "LORA_RANK": 8, "LORA_ALPHA": 16.0, "LORA_DROPOUT": 0.0,
+            "DEVICE": "cpu"} | settings))
         finetune.check_settings(settings)
         pairs, _ = finetune.find_pairs(settings.TRAIN_DIR)
         captioner = finetune.load_captioner(settings)
-        pictures = [pair.picture for pair in pairs]
         folder = tmp_path / "features" / finetune.hash_vision_side(captioner)
         folder.mkdir(parents=True, exist_ok=True)
-        slots, _ = finetune.encode_pictures(captioner, pictures, settings.TRAIN_DIR, folder, 1)
+        slots, _ = finetune.encode_pictures(captioner, [pair.picture for pair in pairs],
+                                            settings.TRAIN_DIR, folder, 1)
         dataset = finetune.ImageCaptioningDataset(pairs, slots, captioner)
         torch.manual_seed(3)
         adapter = finetune.add_lora(captioner.model, settings.LORA_TARGETS, settings.LORA_RANK,

@@ -8,10 +8,10 @@ import csv
 import fnmatch
 import functools
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -53,15 +53,13 @@ def on(event: str, action: Callable[[], None]) -> None:
     """
     when, place, *pattern, number = event.split()
     owner, name = PLACES[place]
-    real, count = getattr(owner, name), 0
+    real, calls = getattr(owner, name), itertools.count(1)
 
     @functools.wraps(real)
     def watched(*arguments, **named):
-        nonlocal count
         paths = [os.fspath(one) for one in arguments if isinstance(one, str | Path)]
         meant = not pattern or any(fnmatch.fnmatch(path, *pattern) for path in paths)
-        count += meant
-        now = meant and count == int(number)
+        now = meant and next(calls) == int(number)
         if now and when == "before":
             action()
         result = real(*arguments, **named)
@@ -103,22 +101,21 @@ class Ended(NamedTuple):
 
 
 class Child(multiprocessing.get_context("fork").Process):
-    """finetune.main in `folder`; `prepare` may patch the process and change the settings."""
+    """finetune.main in `folder`, beside which its logs are; `prepare` may patch the process."""
 
     def __init__(
-        self, settings: dict, *flags: str, folder: Path, logs: Path,
+        self, settings: dict, *flags: str, folder: Path, rank: int = 0,
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(daemon=True)
-        self.settings, self.flags, self.folder = settings, flags, folder
-        self.logs, self.prepare = logs, prepare
-        logs.mkdir(parents=True, exist_ok=True)
+        self.settings, self.flags, self.folder, self.prepare = settings, flags, folder, prepare
+        self.logs = [folder.with_name(f"{name}-{rank}") for name in ("out", "err")]
         self.start()
 
     def run(self) -> None:
         gc.freeze()  # else the first collection copies all that was imported
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(self.logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        for number, path in enumerate(self.logs, 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background too
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -135,32 +132,4 @@ class Child(multiprocessing.get_context("fork").Process):
         hangs = self.is_alive()
         self.kill()
         assert not hangs, f"what writes into {self.logs} hangs"
-        return Ended(self.exitcode, *((self.logs / name).read_text() for name in ("out", "err")))
-
-
-def fork_several(
-    count: int, settings: dict, folder: Path,
-    prepare: Callable[[int, dict], None] = lambda rank, settings: None,
-) -> list[Ended]:
-    """As torchrun starts them; prepare(rank, settings) runs in each. None of them may hang."""
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        port = some.getsockname()[1]
-
-    def join_the_others(rank: int, settings: dict) -> None:
-        if count > 1:
-            os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{count}",
-                           "LOCAL_WORLD_SIZE": f"{count}", "MASTER_ADDR": "127.0.0.1",
-                           "MASTER_PORT": f"{port}", "GLOO_SOCKET_IFNAME": "lo"}
-        prepare(rank, settings)
-
-    children = []
-    for rank in range(count):
-        own = dict(settings)
-        children.append(Child(own, folder=folder, logs=folder / f"logs-{rank}",
-                              prepare=functools.partial(join_the_others, rank, own)))
-    try:
-        return [child.wait() for child in children]
-    finally:
-        for child in children:
-            child.kill()
+        return Ended(self.exitcode, *(path.read_text() for path in self.logs))

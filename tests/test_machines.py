@@ -16,20 +16,21 @@ import finetune
 HERE = Path(__file__).resolve().parent
 ARCHITECTURES = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120".split()  # the registry's wheels
 
+FAKE_GPU = """
+import gpu_dry_run, sys, torch, pytest
+with gpu_dry_run.fake_gpu(), pytest.raises(Exception, match="given tensors of"):
+    torch.ones(3, device="cuda") + torch.ones(3)
+with gpu_dry_run.fake_gpu(), pytest.raises(Exception, match="local_scalar_dense"):
+    bool(torch.ones(3, device="cuda").all())
+for folder in sys.argv[1:]:
+    gpu_dry_run.rehearse(folder)
+"""
+
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_the_cuda_path_waits_once_in_a_step_and_mixes_no_devices(opt_base, t5_base):
     """Encoding, captioning and a step on a fake GPU; it raises for whatever is not right."""
-    script = (
-        "import gpu_dry_run, sys, torch, pytest\n"
-        "with gpu_dry_run.fake_gpu(), pytest.raises(Exception, match='given tensors of'):\n"
-        "    torch.ones(3, device='cuda') + torch.ones(3)\n"
-        "with gpu_dry_run.fake_gpu(), pytest.raises(Exception, match='local_scalar_dense'):\n"
-        "    bool(torch.ones(3, device='cuda').all())\n"
-        "sys.argv[1:] = ['--try', *sys.argv[1:]]\n"
-        "gpu_dry_run.main()\n"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, opt_base, t5_base],
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FAKE_GPU, opt_base, t5_base],
                           cwd=HERE, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.findall(r"^(\w+) torch\.(\w+) (4 bits)?: reads in a step: 1$", done.stdout, re.M) == [
@@ -37,22 +38,17 @@ def test_the_cuda_path_waits_once_in_a_step_and_mixes_no_devices(opt_base, t5_ba
         for dtype, bits in (("bfloat16", "4 bits"), ("bfloat16", ""), ("float16", ""))]
 
 
-@pytest.mark.parametrize("major, minor, usable", [
-    (7, 0, False), (7, 5, True), (8, 0, True), (8, 6, True), (8, 9, True), (9, 0, True),
-    (12, 0, True)])  # fmt: skip
-def test_a_gpu_that_this_pytorch_has_nothing_for_is_known(major, minor, usable):
-    assert finetune.has_kernels(major, minor, ARCHITECTURES) == usable
-    assert finetune.has_kernels(8, 9, ["compute_80"]) and not finetune.has_kernels(8, 0, ["sm_86"])
-    assert not finetune.has_kernels(9, 0, ["sm_86"])
+def test_a_gpu_that_this_pytorch_has_nothing_for_is_known():
+    gpus = [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)]
+    assert [gpu for gpu in gpus if finetune.has_kernels(*gpu, ARCHITECTURES)] == gpus[1:]
+    assert [gpu for gpu in gpus if finetune.has_kernels(*gpu, ["sm_86"])] == [(8, 6), (8, 9)]
+    assert [gpu for gpu in gpus if finetune.has_kernels(*gpu, ["compute_80"])] == gpus[2:]
 
 
-def test_such_a_gpu_is_refused_before_anything_is_loaded(
-    opt_base, small_data, command, monkeypatch
-):
-    cuda = finetune.torch.cuda
-    monkeypatch.setattr(cuda, "get_device_capability", lambda index: (7, 0))
-    monkeypatch.setattr(cuda, "get_device_name", lambda index: "Tesla V100")
-    monkeypatch.setattr(cuda, "get_arch_list", lambda: ARCHITECTURES)
+def test_such_a_gpu_is_refused_before_loading(opt_base, small_data, command, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (7, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "Tesla V100")
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ARCHITECTURES)
     code, output, error = command(TRAIN_DIR=small_data, MODEL_ID=opt_base)
     assert code == 1 and "Tesla V100" in error and "sm_75" in error and "Install" in error
     assert "memory:" not in output
@@ -84,16 +80,15 @@ sys.exit(finetune.main(sys.argv[1:] + ["--check"]) or finetune.main(sys.argv[1:]
 
 def test_help_check_and_training_need_nothing_that_only_linux_has(opt_base, small_data, tmp_path):
     """Without fork, fcntl and the like, and, where namespaces allow it, without /dev/shm."""
-    settings = flags_of({"TRAIN_DIR": small_data, "MODEL_ID": opt_base, "EPOCHS": 1,
-                         "NUM_WORKERS": 4, "OUTPUT_DIR": tmp_path / "out"})  # fmt: skip
-    child = [sys.executable, "-c", ELSEWHERE, *settings]
-    script = 'mount -t tmpfs -o size=4k none /dev/shm && exec "$@"'
-    without = ["unshare", "-rm", "sh", "-c", script, "sh"]
-    possible = shutil.which("unshare") and not subprocess.run([*without, "true"]).returncode
-    if not possible:  # what else is shown here does not depend on it
+    settings = {"TRAIN_DIR": small_data, "MODEL_ID": opt_base, "EPOCHS": 1, "NUM_WORKERS": 4,
+                "OUTPUT_DIR": tmp_path / "out"}
+    without = ["unshare", "-rm", "sh", "-c",
+               'mount -t tmpfs -o size=4k none /dev/shm && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*without, "true"]).returncode:
         warnings.warn("no namespaces here: /dev/shm stays", stacklevel=1)
-    done = subprocess.run([*(without if possible else []), *child], cwd=HERE.parent, timeout=200,
-                          capture_output=True, text=True)  # fmt: skip
+        without = []  # what else is shown here does not depend on it
+    done = subprocess.run([*without, sys.executable, "-c", ELSEWHERE, *flags_of(settings)],
+                          cwd=HERE.parent, timeout=200, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "python finetune.py --check" in done.stdout and "pairs: 12" in done.stdout
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -22,10 +22,12 @@ def plain_model(folder: str, in_4bit: bool = False) -> Blip2ForConditionalGenera
         folder, dtype=torch.float32, quantization_config=nf4 if in_4bit else None)
 
 
-def live_inputs(folder: str, pair: finetune.Pair) -> dict[str, torch.Tensor]:
-    """Picture, image tokens, BOS and caption, from the processor alone."""
-    processor = Blip2Processor.from_pretrained(folder)
-    return processor(images=Image.open(pair.picture), text=pair.caption, return_tensors="pt")
+def usual_loss(model, pair: finetune.Pair, text: list[int] | None = None, ending=()):
+    """labels = input_ids: image tokens, BOS and caption, or `text`; then `ending`."""
+    processor = Blip2Processor.from_pretrained(model.name_or_path)
+    inputs = processor(images=Image.open(pair.picture), text=pair.caption, return_tensors="pt")
+    ids = torch.tensor([[*(text or inputs["input_ids"][0]), *ending]])
+    return model(pixel_values=inputs["pixel_values"], input_ids=ids, labels=ids).loss
 
 
 @torch.no_grad()
@@ -35,63 +37,57 @@ def our_losses(built, *rows: finetune.Row) -> list[float]:
     return [loss / len(row.learned) for loss, row in zip(losses, rows, strict=True)]
 
 
+def both(losses: list[float]) -> str:
+    return ", ".join(f"{loss:.3f}" for loss in losses)
+
+
 def test_blind_to_the_picture(opt_base, small_data, build, report):
     """The tokenizer on the caption alone: no image tokens, so nothing is put in their place."""
-    built = build(opt_base, small_data)
-    model, processor = plain_model(opt_base).eval(), Blip2Processor.from_pretrained(opt_base)
+    built, model = build(opt_base, small_data), plain_model(opt_base)
     one, other = built.pairs[0], built.pairs[-1]
     assert one.caption != other.caption
-    text = processor.tokenizer(one.caption, return_tensors="pt")
-    with torch.no_grad():
-        usual = [model(**text, pixel_values=live_inputs(opt_base, pair)["pixel_values"],
-                       labels=text["input_ids"]).loss.item() for pair in (one, other)]
+    text = built.captioner.tokenizer(one.caption)["input_ids"]
+    usual = [usual_loss(model, pair, text).item() for pair in (one, other)]
     row, features = built.dataset[0], built.dataset.features(other.picture)
     ours = our_losses(built, row, row._replace(features=features))
-    assert usual[0] == usual[1]
-    assert ours[1] > 2 * ours[0]
+    assert usual[0] == usual[1] and ours[1] > 2 * ours[0]
     report("Blind: the caption is tokenized without image tokens. Loss with its own picture, and "
-           "with another one", f"{usual[0]:.3f}, {usual[1]:.3f}", f"{ours[0]:.3f}, {ours[1]:.3f}")
+           "with another one", both(usual), both(ours))
 
 
 def test_no_stop_token(opt_base, small_data, build, report):
     """Captions shorter than those that the base writes: only a stop token can end them there."""
     for text in (small_data / "caption").iterdir():
         text.write_text(text.read_text().split(" over ")[0])
-    right = {}
-    for name in ("usual", "ours"):
+    right = []
+    for usual in (True, False):
         built = build(opt_base, small_data)
-        if name == "usual":
+        if usual:
             built.dataset.learned = {k: ids[:-1] for k, ids in built.dataset.learned.items()}
         train(built, EPOCHS=40, LEARNING_RATE=3e-3)
         captions = built.captioner.caption([row.features for row in rows_of(built)])
-        expected = [pair.caption for pair in built.pairs]
-        right[name] = sum(a == b for (a, _), b in zip(captions, expected, strict=True))
-        begun = sum(a.startswith(b) for (a, _), b in zip(captions, expected, strict=True))
-        assert begun == len(expected)  # the words themselves are learned either way
-    assert right["usual"] == 0 and right["ours"] == len(expected)
+        pairs = [(text, pair.caption) for (text, _), pair
+                 in zip(captions, built.pairs, strict=True)]
+        assert all(a.startswith(b) for a, b in pairs)  # the words are learned either way
+        right.append(sum(a == b for a, b in pairs))
+    assert right == [0, len(pairs)]
     report("Run-on: no stop token among the labels. Captions that end where they should",
-           f"{right['usual']} of {len(expected)}", f"{right['ours']} of {len(expected)}")
+           *(f"{count} of {len(pairs)}" for count in right))
 
 
 def test_padding_scored(opt_base, small_data, build, report):
     """labels = input_ids, padding included, as in most notebooks."""
-    next(iter(sorted((small_data / "caption").iterdir()))).write_text("circle")
-    built = build(opt_base, small_data)
+    min((small_data / "caption").iterdir()).write_text("circle")
+    built, model, usual = build(opt_base, small_data), plain_model(opt_base), []
     short, long = built.dataset[0], built.dataset[len(built.pairs) - 1]
-    assert len(long.learned) > len(short.learned) + 3
-    model, usual = plain_model(opt_base).eval(), []
-    for missing in (0, len(long.learned) - len(short.learned)):
-        inputs = live_inputs(opt_base, built.pairs[0])
-        padding = torch.full((1, missing), built.captioner.pad)
-        ids = torch.cat([inputs["input_ids"], torch.tensor([[built.captioner.stop]]), padding], 1)
-        with torch.no_grad():
-            usual.append(model(pixel_values=inputs["pixel_values"], input_ids=ids,
-                               labels=ids).loss.item())
+    missing = len(long.learned) - len(short.learned)
+    for padding in ([], [built.captioner.pad] * missing):
+        ending = [built.captioner.stop, *padding]
+        usual.append(usual_loss(model, built.pairs[0], ending=ending).item())
     ours = our_losses(built, short)[0], our_losses(built, short, long)[0]
-    assert abs(usual[1] - usual[0]) > 0.5
-    assert math.isclose(*ours, rel_tol=1e-5)
+    assert missing > 3 and abs(usual[1] - usual[0]) > 0.5 and math.isclose(*ours, rel_tol=1e-5)
     report("Padding scored. Loss of one short caption alone, and beside a longer one",
-           f"{usual[0]:.3f}, {usual[1]:.3f}", f"{ours[0]:.3f}, {ours[1]:.3f}")
+           both(usual), both(ours))
 
 
 def test_gradients_through_the_vision_tower(opt_base, small_data, build, report):
@@ -99,32 +95,27 @@ def test_gradients_through_the_vision_tower(opt_base, small_data, build, report)
     built = build(opt_base, small_data, LOAD_IN_4BIT=True)
     usual = prepare_model_for_kbit_training(plain_model(opt_base, in_4bit=True))
     usual = get_peft_model(usual, LoraConfig(target_modules=finetune.LORA_PATTERNS["attention"]))
-    usual.train()
     counts = []
-    for model in (usual, built.captioner.model):
+    for model in (usual.train(), built.captioner.model):
         reached = set()
         layers = [*model.vision_model.encoder.layers, *model.qformer.encoder.layer]
         for layer in layers:
             layer.register_full_backward_hook(lambda module, *_, seen=reached: seen.add(module))
         if model is usual:
-            inputs = live_inputs(opt_base, built.pairs[0])
-            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+            usual_loss(usual, built.pairs[0]).backward()
         else:
             built.learner.backward(rows_of(built), 1, 100)
         counts.append(len(reached))
     assert counts == [len(layers), 0]
     report("Backward pass through frozen vision and Q-Former layers, for nothing",
-           f"{counts[0]} of {len(layers)} layers", f"{counts[1]} of {len(layers)} layers")
+           *(f"{count} of {len(layers)} layers" for count in counts))
 
 
 def test_dropout_in_frozen_parts(opt_base, small_data, build, report):
     """model.train() turns on the dropout of the frozen Q-Former and language model as well."""
-    built = build(opt_base, small_data)
-    inputs = live_inputs(opt_base, built.pairs[0])
-    model = plain_model(opt_base).requires_grad_(False).train()
+    built, model = build(opt_base, small_data), plain_model(opt_base).requires_grad_(False).train()
     torch.manual_seed(0)
-    with torch.no_grad():
-        usual = [model(**inputs, labels=inputs["input_ids"]).loss.item() for _ in range(20)]
+    usual = [usual_loss(model, built.pairs[0]).item() for _ in range(20)]
     ours = [built.learner.backward([built.dataset[0]], 1, 1).item() for _ in range(20)]
     spread = [(max(losses) - min(losses)) / min(losses) for losses in (usual, ours)]
     assert spread[0] > 0.05 and spread[1] == 0

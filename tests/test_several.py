@@ -1,5 +1,6 @@
 """Several processes do what one does: the same losses, the same adapter, one voice."""
 
+import functools
 import json
 import os
 import random
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import flags_of
-from runner import LIMIT, Ended, fail_with, fork_several, on, send, step_of, table
+from runner import LIMIT, Child, Ended, fail_with, on, send, step_of, table
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 import finetune
 
@@ -47,24 +49,49 @@ class Together:
         self.folder, self.out, self.base = folder, folder / "out", base
         shutil.copytree(source, folder)
 
-    def __call__(self, count: int, prepare=lambda rank, settings: None, **settings) -> list[Ended]:
-        settings = SETTINGS | {"MODEL_ID": self.base} | settings
-        return fork_several(count, settings, self.folder, prepare)
+    def __call__(self, count: int, prepare=lambda rank, settings: None, **changed) -> list[Ended]:
+        """As torchrun starts them; prepare(rank, settings) runs in each. None of them may hang."""
+        settings = SETTINGS | {"MODEL_ID": self.base} | changed
+        port = get_free_port()
 
-    def equals(self, expected: Path) -> None:
+        def join_the_others(rank: int) -> None:
+            if count > 1:
+                os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{count}",
+                               "LOCAL_WORLD_SIZE": f"{count}", "MASTER_ADDR": "127.0.0.1",
+                               "MASTER_PORT": f"{port}", "GLOO_SOCKET_IFNAME": "lo"}
+            prepare(rank, settings)
+
+        children = [Child(settings, folder=self.folder, rank=rank,
+                          prepare=functools.partial(join_the_others, rank))
+                    for rank in range(count)]
+        try:
+            return [child.wait() for child in children]
+        finally:
+            for child in children:
+                child.kill()
+
+    def ends_as(self, alone: dict[str, Path], count: int) -> str:
+        """Together, with the first as the only voice; returns what it says."""
+        first, *others = self(count)
+        assert first.code == 0 and not first.err, first
+        assert others == [Ended(0, "", "")] * (count - 1)
+        self.equals(alone)
+        return first.out
+
+    def equals(self, alone: dict[str, Path]) -> None:
         """But for rounding; and every picture was encoded once."""
+        expected = alone[self.base]
         assert measured(self.out) == pytest.approx(measured(expected), abs=2e-4)
         assert len(measured(self.out)) == 9 + 1 + 3 + 14  # steps, epochs' ends, pairs
         one, other = adapter(self.out), adapter(expected)
         assert (one - other).norm() <= 1e-4 * other.norm()
         assert not Path(f"{self.out}.unfinished").exists()
-        encoded = []
-        for path in self.folder.glob("data/.features/*/*.safetensors"):
+        encoded, data = [], self.folder / "data"
+        for path in data.glob(".features/*/*.safetensors"):
             with safe_open(path, "pt") as batch:
                 encoded += [key.split(" ")[0] for key in json.loads(batch.metadata()["pictures"])]
-        pictures = self.folder.glob("data/Image/*/*.png")
         assert sorted(encoded) == sorted(
-            path.relative_to(self.folder / "data").as_posix() for path in pictures)
+            path.relative_to(data).as_posix() for path in data.glob("Image/*/*.png"))
 
 
 def adapter(folder: Path) -> torch.Tensor:
@@ -87,13 +114,10 @@ def together(tmp_path, data, opt_base) -> Together:
 @pytest.fixture(scope="module")
 def alone(data, opt_base, t5_base, tmp_path_factory) -> dict[str, Path]:
     """The OUTPUT_DIR of one process's run, by base."""
-    outs = {}
-    for base in (opt_base, t5_base):
-        runs = Together(tmp_path_factory.mktemp("alone") / "run", data, base)
-        (ended,) = runs(1)
-        assert ended.code == 0, ended
-        outs[base] = runs.out
-    return outs
+    runs = [Together(tmp_path_factory.mktemp("alone") / "run", data, base)
+            for base in (opt_base, t5_base)]
+    assert [codes(run(1)) for run in runs] == [[0], [0]]
+    return {run.base: run.out for run in runs}
 
 
 def assert_one_voice(output: str) -> None:
@@ -113,38 +137,30 @@ def codes(ended: list[Ended]) -> list[int]:
 # ---- The same result ----------------------------------------------------------------------------
 
 
-def test_two_processes_of_torchrun_do_what_one_does(together, alone, opt_base):
+def test_two_processes_of_torchrun_do_what_one_does(together, alone):
     ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         Path(finetune.__file__).resolve(), *flags_of(SETTINGS | {"MODEL_ID": opt_base})],
+         Path(finetune.__file__).resolve(), *flags_of(SETTINGS | {"MODEL_ID": together.base})],
         cwd=together.folder, env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True, encoding="utf-8", timeout=LIMIT)
     assert ended.returncode == 0 and "\r" not in ended.stderr, ended
     assert_one_voice(ended.stdout)
     assert json.loads((together.out / "settings.json").read_text())["processes"] == 2
-    together.equals(alone[opt_base])
+    together.equals(alone)
 
 
-@pytest.mark.parametrize("kind, count", [("opt", 2), ("t5", 3)])
-def test_forked_processes_do_what_one_does(kind, count, alone, data, tmp_path, request):
-    """As the launched ones; what processes share in tests below is this."""
-    base = request.getfixturevalue(f"{kind}_base")
-    together = Together(tmp_path / "run", data, base)
-    first, *others = together(count)
-    assert first.code == 0 and first.err == "", first
-    assert_one_voice(first.out)
-    assert others == [Ended(0, "", "")] * (count - 1)
-    together.equals(alone[base])
-    first, *others = together(count)
-    assert first.code == 0 and first.out.count("this run is finished") == 1
-    assert others == [Ended(0, "", "")] * (count - 1)
+def test_three_processes_do_what_one_does_with_t5(alone, data, t5_base, tmp_path):
+    """Forked ones, as in all tests below."""
+    together = Together(tmp_path / "run", data, t5_base)
+    assert_one_voice(together.ends_as(alone, 3))
+    assert together.ends_as(alone, 3).count("this run is finished") == 1
 
 
 def test_nothing_held_out(together):
     assert codes(together(2, VALIDATION_FRACTION=0, EPOCHS=1)) == [0, 0]
 
 
-def test_out_of_memory_on_one_process_halves_in_all(together, alone, opt_base):
+def test_out_of_memory_on_one_process_halves_in_all(together, alone):
     """Process 1 is short in its second step; each prints how many rows it is given, to stderr."""
 
     def prepare(rank: int, settings: dict) -> None:
@@ -166,7 +182,7 @@ def test_out_of_memory_on_one_process_halves_in_all(together, alone, opt_base):
     sizes, others = ([int(size) for size in one.err.split()] for one in (first, second))
     assert sizes[:4] == [3, 3, 2, 1] and others[:3] == [2, 2, 2]  # of five rows in all
     assert max(sizes[2:] + others[2:]) == 2
-    together.equals(alone[opt_base])
+    together.equals(alone)
 
 
 # ---- Stopped ------------------------------------------------------------------------------------
@@ -182,43 +198,23 @@ def in_process(*ranks: int, action, event: str = "before step 5"):
     return prepare
 
 
-@pytest.fixture(scope="module")
-def stopped(data, opt_base, tmp_path_factory) -> Together:
-    """A run of two processes, one of which had SIGTERM."""
-    together = Together(tmp_path_factory.mktemp("stopped") / "run", data, opt_base)
-    ended = together(2, in_process(1, action=send(signal.SIGTERM)))
-    assert codes(ended) == [130, 143]  # the first had no signal of its own
-    assert ended[0].err.startswith("stopped; a training continues by the same command")
-    assert step_of(together.folder) in (5, 6) and not together.out.exists()
-    return together
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_stopped_run_is_continued_by_any_number(count, stopped, alone, opt_base, tmp_path):
-    together = Together(tmp_path / "run", stopped.folder, opt_base)
-    ended = together(count)
-    assert codes(ended) == [0] * count
-    assert f"\nsteps: 9, 3 an epoch, {step_of(stopped.folder)} done\n" in ended[0].out
-    together.equals(alone[opt_base])
-
-
-@pytest.mark.parametrize("number, ranks, expected, steps", [
-    (signal.SIGTERM, (0, 1), [143, 143], (5, 6)),  # as a launcher sends it
-    (signal.SIGKILL, (1,), [1, -signal.SIGKILL], (3,)),
+@pytest.mark.parametrize("event, number, ranks, expected, said, steps, count", [
+    ("before step 5", signal.SIGTERM, (1,), [130, 143], "stopped; a training", (5, 6), 1),
+    ("before step 5", signal.SIGTERM, (1,), [130, 143], "stopped; a training", (5, 6), 3),
+    ("before step 5", signal.SIGTERM, (0, 1), [143, 143], "\nstopping after this", (5, 6), 2),
+    ("before step 5", signal.SIGKILL, (1,), [1, -9], ".*Another process has ended", (3,), 2),
+    ("before step 9", signal.SIGTERM, (1,), [0, 0], r"\Z", (0,), 2),  # too late: it is finished
 ])  # fmt: skip
-def test_all_end_with_a_checkpoint(number, ranks, expected, steps, together, alone, opt_base):
-    ended = together(2, in_process(*ranks, action=send(number)))
-    assert codes(ended) == expected
-    assert "Another process has ended" in ended[0].err or number == signal.SIGTERM
-    assert step_of(together.folder) in steps
-    assert codes(together(2)) == [0, 0]
-    together.equals(alone[opt_base])
-
-
-def test_a_signal_in_the_last_step_comes_too_late(together, alone, opt_base):
-    late = in_process(1, action=send(signal.SIGTERM), event="before step 9")
-    assert codes(together(2, late)) == [0, 0]
-    together.equals(alone[opt_base])
+def test_all_stop_and_any_number_continues(
+    event, number, ranks, expected, said, steps, count, together, alone
+):
+    """Of two, a launcher may stop both, or one gets the signal, and 130 is said by the other."""
+    ended = together(2, in_process(*ranks, action=send(number), event=event))
+    assert codes(ended) == expected and re.match(said, ended[0].err, re.S), ended
+    step = step_of(together.folder)
+    assert step in steps and together.out.exists() == (step == 0)
+    done = f"\nsteps: 9, 3 an epoch, {step} done\n" if step else "this run is finished"
+    assert done in together.ends_as(alone, count)
 
 
 # ---- Processes that don't get on ----------------------------------------------------------------
@@ -229,21 +225,13 @@ def elsewhere(change, *, output: bool = False):
 
     def prepare(rank: int, settings: dict) -> None:
         if rank == 1:
-            here, own = Path.cwd(), Path("other machine").absolute()
-            shutil.copytree(here, own, ignore=shutil.ignore_patterns("other*", "logs*"))
+            here, own = Path.cwd(), Path("../other machine").resolve()
+            shutil.copytree(here, own)
             change(own)
             settings["OUTPUT_DIR"] = str((own if output else here) / "out")
             os.chdir(here if output else own)
 
     return prepare
-
-
-def another_caption(own: Path) -> None:
-    sorted(own.glob("data/caption/*.txt"))[0].write_text("a yellow star")
-
-
-def another_seed(rank: int, settings: dict) -> None:
-    settings["SEED"] = 7 + rank
 
 
 def another_step(own: Path) -> None:
@@ -254,17 +242,17 @@ def another_step(own: Path) -> None:
 
 
 @pytest.mark.parametrize("begun, prepare", [
-    pytest.param(False, elsewhere(lambda own: next(own.glob("data/Image/*/*.png")).unlink()),
-                 id="a picture is missing"),
-    pytest.param(False, elsewhere(another_caption), id="another caption"),
-    pytest.param(False, elsewhere(lambda own: None), id="features that are not shared"),
-    pytest.param(False, another_seed, id="another setting"),
-    pytest.param(True, elsewhere(lambda own: shutil.rmtree(own / "out.unfinished"), output=True),
-                 id="no checkpoint"),
-    pytest.param(True, elsewhere(another_step, output=True), id="another checkpoint"),
-])  # fmt: skip
-def test_who_sees_something_else_says_so(begun, prepare, data, stopped, opt_base, tmp_path):
-    together = Together(tmp_path / "run", stopped.folder if begun else data, opt_base)
+    (False, elsewhere(lambda own: next(own.glob("data/Image/*/*.png")).unlink())),
+    (False, elsewhere(lambda own: next(own.glob("data/caption/*.txt")).write_text("a star"))),
+    (False, elsewhere(lambda own: None)),
+    (False, lambda rank, settings: settings.update(SEED=7 + rank)),
+    (True, elsewhere(lambda own: shutil.rmtree(own / "out.unfinished"), output=True)),
+    (True, elsewhere(another_step, output=True)),
+], ids=["a picture is missing", "another caption", "features that are not shared",
+        "another setting", "no checkpoint", "another checkpoint"])  # fmt: skip
+def test_who_sees_something_else_says_so(begun, prepare, together):
+    if begun:
+        assert codes(together(2, in_process(1, action=send(signal.SIGTERM)))) == [130, 143]
     step = step_of(together.folder)
     ended = together(2, prepare)
     assert codes(ended) == [1, 1]
