@@ -156,8 +156,21 @@ def test_three_processes_do_what_one_does_with_t5(alone, data, t5_base, tmp_path
     assert together.ends_as(alone, 3).count("this run is finished") == 1
 
 
-def test_nothing_held_out(together):
-    assert codes(together(2, VALIDATION_FRACTION=0, EPOCHS=1)) == [0, 0]
+def test_nothing_is_held_out_and_no_two_dropouts_are_alike(together):
+    def prepare(rank: int, settings: dict) -> None:
+        real, stderr = finetune.Captioner.losses, sys.stderr
+
+        def watched(captioner, rows):
+            if torch.is_grad_enabled():
+                print(torch.initial_seed(), file=stderr)
+            return real(captioner, rows)
+
+        finetune.Captioner.losses = watched
+
+    ended = together(2, prepare, VALIDATION_FRACTION=0, EPOCHS=1)
+    assert codes(ended) == [0, 0]
+    seeds = [seed for one in ended for seed in one.err.split()]
+    assert len(set(seeds)) == len(seeds) == 2 * 3  # processes, steps
 
 
 def test_out_of_memory_on_one_process_halves_in_all(together, alone):
