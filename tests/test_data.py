@@ -335,6 +335,8 @@ def test_a_table(check, tmp_path, name, bom):
      "deeper/metadata.csv: a table is read in the folder itself alone(.|\n)*no picture in"),
     ("metadata.csv", b"file_name,text\n1.png,a red, star\n",  # which must not be cut
      "row 1: 1.png: .*put quotes around a caption with commas\n(.|\n)*no picture in"),
+    ("metadata.jsonl", rb'{"file_name": "1.png", "text": "half a letter, \ud83d"}',
+     "row 1: 1.png: the caption is no valid Unicode\n(.|\n)*no picture in"),
     ("caption/1.txt", b"a cat", "metadata.csv and caption in .*Move the other out")])
 def test_a_table_that_cannot_be_used(command, tmp_path, name, content, words):
     write(tmp_path / "data/1.png")
