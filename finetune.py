@@ -45,7 +45,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +66,8 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 for talkative in ("bitsandbytes", "huggingface_hub", "PIL", "matplotlib"):
     logging.getLogger(talkative).setLevel(logging.CRITICAL)
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+
+csv.field_size_limit(2**31 - 1)  # of a caption, too
 
 # ==== Settings: edit these, or give them as flags (BATCH_SIZE is --batch-size) ====
 # files
@@ -127,15 +129,18 @@ METRICS = ("step epoch learning_rate train_loss held_out_loss grad_norm pairs_pe
            "seconds").split()
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "PingFang SC",
          "Noto Sans Devanagari", "Segoe UI Emoji", "Noto Emoji"]  # the first that has the letter
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "pillow")
 TABLES = ("metadata.csv", "metadata.jsonl")
-NOT_SHARED = ("the processes see other files, or have other settings. Put TRAIN_DIR and OUTPUT_DIR "
-              "on a file system that all machines share, and start all by the same command.")
+LAYOUTS = {name: name for name in TABLES} | {  # by what is there
+    "caption": "caption/ and Image/", "": "<name>.txt beside each picture"}
+NOT_SHARED = ("the processes see other files, or have other settings. Start all by one command, "
+              "with TRAIN_DIR and OUTPUT_DIR on a file system that all machines share.")
 # Whoever says it: an allocator, cuBLAS, the CUDA runtime or its driver.
 OUT_OF_MEMORY = r"out of memory|can't allocate memory|CUBLAS_STATUS_(ALLOC_FAIL|NOT_INITIALIZ)ED"
-REMEDIES = {  # of errors that are not ours, by what they say
+REMEDIES = {  # of errors that are not ours, by their kinds and what they say
     "file lock": "Another run works on this OUTPUT_DIR: stop it, or name another one. Only if none "
     "does (it was killed on another machine), delete that file.",
-    OUT_OF_MEMORY: "Set LOAD_IN_4BIT, lower MAX_CAPTION_TOKENS or NUM_BEAMS, or free memory.",
+    OUT_OF_MEMORY: "Lower MAX_CAPTION_TOKENS, LORA_RANK or NUM_BEAMS, or set LOAD_IN_4BIT.",
     r"OSError|os error \d": "Mend that, and run the same command again.",
     "DistError|gloo": "Another process has ended: see what it says.",
 }
@@ -170,13 +175,12 @@ def relative(path: str, root: str) -> str:
     return unicodedata.normalize("NFC", path.replace(os.sep, "/"))
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def write_whole(path: Path, content: bytes) -> None:
     """A file that is whole, old or new, whoever is killed: written aside, flushed, renamed."""
     aside = path.with_name(f"{path.name}.part")
     try:
         with open(aside, "wb") as file:
-            yield file
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -192,7 +196,6 @@ def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of such a table, by its header."""
-    csv.field_size_limit(2**31 - 1)
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
@@ -249,18 +252,16 @@ def check_settings(settings: argparse.Namespace) -> None:
                   "auto bfloat16 float16 float32".split().__contains__),
         "LOG_WITH": (f"a tracker whose package is installed: {trackers}", trackers.__contains__),
     }  # fmt: skip
-
-    def fits(value: Any, kind: type, test: Any) -> bool:
-        with contextlib.suppress(re.error):
-            return type(value) in (kind, int if kind is float else kind) and bool(test(value))
-        return False
-
     rules = {name: rule for names, rule in rules.items() for name in names.split()}
     problems = [f"{name} is missing, misspelled or no setting: each is a line, 'EPOCHS: int = 10'"
                 for name in sorted(rules.keys() ^ SETTINGS.keys())]
-    problems += [f"{name} is {value!r}; it must be {words} ({SETTINGS[name].__name__})."
-                 for name, (words, test) in rules.items() if name in SETTINGS
-                 for value in [getattr(settings, name)] if not fits(value, SETTINGS[name], test)]
+    for name in (name for name in SETTINGS if name in rules):
+        kind, (words, test), fits = SETTINGS[name], rules[name], False
+        value = getattr(settings, name)
+        with contextlib.suppress(re.error):
+            fits = type(value) in (kind, int if kind is float else kind) and test(value)
+        if not fits:
+            problems.append(f"{name} is {value!r}; it must be {words} ({kind.__name__}).")
     if not problems and not settings.caption:
         problems = check_output_dir(settings)
     if problems:
@@ -280,7 +281,8 @@ def check_output_dir(settings: argparse.Namespace) -> list[str]:
     problems += ["is a mount point, which can't be renamed"] * os.path.ismount(output)
     for name in ("TRAIN_DIR", "VALIDATION_DIR", "MODEL_ID"):
         folder = Path(os.path.realpath(getattr(settings, name) or os.devnull))
-        if folder.is_dir() and (folder.is_relative_to(output) or output.is_relative_to(folder)):
+        if folder.is_dir() and (output.is_relative_to(folder) or any(
+                folder.is_relative_to(own) for own in (output, f"{output}.unfinished"))):
             problems.append(f"and {name} lie one in the other")
     return [f"OUTPUT_DIR {settings.OUTPUT_DIR!r} {problem}; name a folder of its own."
             for problem in problems[:1]]
@@ -320,28 +322,19 @@ def read_caption(path: str) -> str:
 
 def list_files(folder: str, skipped: list[Skipped]) -> Iterator[str]:
     """Every file below `folder`, in a fixed order, without hidden ones and desktops' droppings."""
-
-    def wanted(names: list[str]) -> list[str]:
-        ignored = ("thumbs.db", "desktop.ini", "__macosx")
-        return sorted(n for n in names if not n.startswith(".") and n.lower() not in ignored)
-
-    def refuse(error: OSError) -> None:
-        if os.path.lexists(error.filename):  # there may be no Image/
-            skipped.append((error.filename, f"can't be opened: {error.strerror}"))
-
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = wanted(folders)
+    ignored, errors = ("thumbs.db", "desktop.ini", "__macosx"), []
+    for parent, folders, files in os.walk(folder, onerror=errors.append):
+        folders[:], files = (sorted(name for name in names if not name.startswith(".")
+                                    and name.lower() not in ignored) for names in (folders, files))
         skipped += [(os.path.join(parent, name), "is a link; only linked files are read")
                     for name in folders if os.path.islink(os.path.join(parent, name))]
-        yield from (os.path.join(parent, name) for name in wanted(files))
+        yield from (os.path.join(parent, name) for name in files)
+    skipped += [(error.filename, f"can't be opened: {error.strerror}") for error in errors
+                if os.path.lexists(error.filename)]  # there may be no Image/
 
 
 def read_names(folder: str, beside: bool, skipped: list[Skipped]) -> list[Pair]:
-    """Caption files and the pictures of their name.
-
-    caption/<name>.txt for Image/<name>/... or Image/<name>.<ending>; or, if `beside`, <name>.txt
-    for <name>.<ending> in the same folder, in any depth.
-    """
+    """Caption files and the pictures of their name: the first layout or, if `beside`, the third."""
     captions, pictures, pairs = defaultdict(list), defaultdict(list), []
     for top in ("",) if beside else ("caption", "Image"):
         for path in list_files(os.path.join(folder, top), skipped):
@@ -369,41 +362,48 @@ def read_names(folder: str, beside: bool, skipped: list[Skipped]) -> list[Pair]:
     return pairs
 
 
-def read_table(path: str, skipped: list[Skipped]) -> list[Pair]:
-    """Hugging Face's ImageFolder: file_name, below the table's folder, and text or caption.
+def read_rows(path: str) -> Iterator[tuple[int, dict[str | None, Any]]]:
+    """The rows of a table, counted from 1. Raises UserError."""
+    number = 0
+    with open(path, newline="", encoding="utf-8-sig") as lines:
+        rows = csv.DictReader(lines, strict=True) if path.endswith(".csv") else (
+            dict(json.loads(line)) for line in lines if line.strip())
+        try:
+            for number, row in enumerate(rows, 1):
+                yield number, row
+        except (ValueError, TypeError, csv.Error) as error:
+            raise UserError(f"{path!r} can't be read from row {number + 1} on: {error}. Save it in "
+                            "UTF-8, as a table with file_name and text.") from error
 
-    Raises UserError, or what csv and json raise.
-    """
+
+def read_table(path: str, skipped: list[Skipped]) -> list[Pair]:
+    """Hugging Face's ImageFolder, the second layout. Raises UserError."""
     folder, pairs, named = os.path.dirname(path), {}, set()
     files = {relative(file, folder): file for file in list_files(folder, skipped)}
     files.pop(os.path.basename(path), None)
-    with open(path, newline="", encoding="utf-8-sig") as lines:
-        rows = csv.DictReader(lines, strict=True) if path.endswith(".csv") else (
-            json.loads(line) for line in lines if line.strip())
-        for number, row in enumerate(rows, 1):
-            column = "text" if "text" in row else "caption"
-            if number == 1 and not {"file_name", column} <= row.keys():
-                raise UserError(
-                    f"{path!r} has the columns {', '.join(map(repr, row))}, and needs file_name "
-                    "and text: rename the column of paths to file_name, that of captions to text"
-                    + ", and separate columns by commas" * (";" in "".join(map(str, row))) + ".")
-            name = str(row.get("file_name") or "").replace("\\", "/")
-            name = relative(os.path.join(folder, name), folder)
-            text = row[column] if isinstance(row.get(column), str) else ""
-            pair = Pair(files.get(name, ""), " ".join(text.split()))
-            reason = ("file_name leads out of the folder; copy the picture into it"
-                      if name.startswith("../") else
-                      "it has more cells than the header; put quotes around a caption with commas"
-                      if None in row else
-                      "there is no such file" if not pair.picture else
-                      "the caption is empty, or no text" if not pair.caption else
-                      "the caption is no valid Unicode" if re.search(r"[\ud800-\udfff]", text) else
-                      "an earlier row is the same; they count once" if pair in pairs else "")
-            if reason:
-                skipped.append((f"{path}, row {number}: {name}", reason))
-            else:
-                pairs[pair] = None  # a dict, for its order
-            named.add(name)
+    for number, row in read_rows(path):
+        column = "text" if "text" in row else "caption"
+        if number == 1 and not {"file_name", column} <= row.keys():
+            raise UserError(
+                f"{path!r} has the columns {[name for name in row if name]}, and needs file_name "
+                "and text: rename those of paths and captions, and separate all by commas.")
+        name = str(row.get("file_name") or "").replace("\\", "/")
+        name = relative(os.path.join(folder, name), folder)
+        text = row[column] if isinstance(row.get(column), str) else ""
+        pair = Pair(files.get(name, ""), " ".join(text.split()))
+        reason = ("file_name leads out of the folder; copy the picture into it"
+                  if name.startswith("../") else
+                  "it has more cells than the header; put quotes around a caption with commas"
+                  if None in row else
+                  "there is no such file" if not pair.picture else
+                  "the caption is empty, or no text" if not pair.caption else
+                  "the caption is no valid Unicode" if re.search(r"[\ud800-\udfff]", text) else
+                  "an earlier row is the same; they count once" if pair in pairs else "")
+        if reason:
+            skipped.append((f"{path}, row {number}: {name}", reason))
+        else:
+            pairs[pair] = None  # a dict, for its order
+        named.add(name)
     skipped += [(file, f"is not in {path}") for name, file in files.items() if name not in named]
     return list(pairs)
 
@@ -413,34 +413,23 @@ def find_pairs(folder: str, named: int = NAMED) -> tuple[list[Pair], list[Skippe
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder!r}. Name the one with pictures and captions.")
     there = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    found = [name for name in (*TABLES, "caption") if name in there]
-    pairs, skipped = [], []
+    found, skipped = [name for name in LAYOUTS if name in there] or [""], []
     if len(found) > 1:
         raise UserError(f"there are {' and '.join(found)} in {folder!r}; captions come from one "
                         "place. Move the other out of it.")
-    if found == ["caption"]:
-        layout, pairs = "caption/ and Image/", read_names(folder, False, skipped)
-    elif found:
-        layout, path = found[0], os.path.join(folder, found[0])
-        try:
-            pairs = read_table(path, skipped)
-        except (ValueError, AttributeError, TypeError, csv.Error) as error:
-            raise UserError(f"{path!r} can't be read: {error}. Save it in UTF-8, as a table with "
-                            "file_name and text.") from error
-    else:
-        layout, pairs = "<name>.txt beside each picture", read_names(folder, True, skipped)
+    pairs = (read_table(os.path.join(folder, *found), skipped) if found[0] in TABLES
+             else read_names(folder, found == [""], skipped))
     skipped = sorted((path, "a table is read in the folder itself alone: move it there"
                       if os.path.basename(path) in TABLES else reason) for path, reason in skipped)
     if not pairs:
         print_skipped(skipped, named)
-        near = [f"There is {other!r}: rename it to {name!r}. " for name in ("caption", "Image")
+        near = [f"{other!r}: rename it to {name!r}" for name in ("caption", "Image")
                 for other in there if other != name and other.lower().rstrip("s") == name.lower()]
-        names = ", ".join(map(repr, there[:NAMED])) or "nothing"
-        raise UserError(f"no picture in {folder!r} has a caption. {''.join(near)}There is {names}. "
-                        "Captions are read from caption/<name>.txt for the pictures in "
-                        "Image/<name>/, or from metadata.csv (file_name,text), or from "
-                        "<name>.txt beside <name>.jpg.")
-    print(f"layout of {printable(folder)}: {layout}")
+        names = ", ".join(near or map(repr, there[:NAMED])) or "nothing"
+        raise UserError(f"no picture in {folder!r} has a caption. There is {names}. Captions are "
+                        "read from caption/<name>.txt for the pictures in Image/<name>/, or from "
+                        "metadata.csv (file_name,text), or from <name>.txt beside <name>.jpg.")
+    print(f"layout of {printable(folder)}: {LAYOUTS[found[0]]}")
     return sorted(pairs), skipped
 
 
@@ -485,9 +474,8 @@ def read_picture(path: str, side: int) -> Image.Image:
     if upright.mode in ("I", "F"):
         raise ValueError("has 32 bits for each pixel; save it with 8 or 16")
     if upright.has_transparency_data:
-        upright = upright.convert("RGBA")
         white = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(white, upright)
+        upright = Image.alpha_composite(white, upright.convert("RGBA"))
     return upright.convert("RGB")
 
 
@@ -499,17 +487,15 @@ def decode(paths: list[str], image_processor: Any) -> tuple[dict[str, np.ndarray
             picture = read_picture(path, side)
             pixels[path] = image_processor(picture).pixel_values[0] if image_processor else None
         except UnidentifiedImageError:
-            formats = ", ".join(PICTURE_FORMATS)
-            skipped.append((path, f"is none of {formats}; save it as JPEG"))
+            skipped.append((path, f"is none of {', '.join(PICTURE_FORMATS)}; save it as JPEG"))
         except Exception as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             skipped.append((path, f"can't be read: {reason}"))
     return pixels, skipped
 
 
-def read_pictures(
-    paths: Sequence[str], image_processor: Any, workers: int, title: str, skipped: list[Skipped]
-) -> Iterator[dict[str, np.ndarray]]:
+def read_pictures(paths: Sequence[str], image_processor: Any, workers: int, title: str,
+                  skipped: list[Skipped]) -> Iterator[dict[str, np.ndarray]]:
     """What can be read, in order, about INFERENCE_BATCH at a time; the rest is added to `skipped`.
 
     By threads: Pillow and NumPy leave the GIL. At most two batches for each wait to be taken.
@@ -552,24 +538,21 @@ def has_kernels(major: int, minor: int, architectures: list[str]) -> bool:
                for kind, which in built)
 
 
-def choose_device(
-    device: str, dtype: str, is_t5: bool, size: int
-) -> tuple[torch.device, torch.dtype, str]:
+def choose_device(device: str, dtype: str, is_t5: bool,
+                  size: int) -> tuple[torch.device, torch.dtype, str]:
     """The one decision about both, with its reason; `size` in parameters. Raises UserError."""
     state, major, reason = PartialState(), 0, "as DEVICE says"
     if device.startswith("cuda:") and state.num_processes > 1:
-        raise UserError(f"DEVICE is {device!r}, but each process takes a GPU of its own. Set it to "
-                        "auto.")
+        raise UserError(f"DEVICE is {device!r}, but each process takes a GPU of its own: say auto.")
     if device != "cpu":
         try:
             index = int(device[5:] or state.local_process_index)
             major, minor = torch.cuda.get_device_capability(index)
             reason = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
-            if torch.version.hip is None and not has_kernels(
-                    major, minor, torch.cuda.get_arch_list()):
-                raise UserError(f"this PyTorch has nothing compiled for the GPU ({reason}), but "
-                                f"for {torch.cuda.get_arch_list()}. Install one for an older CUDA, "
-                                "or say --device cpu.")
+            built = torch.cuda.get_arch_list()
+            if torch.version.hip is None and not has_kernels(major, minor, built):
+                raise UserError(f"this PyTorch is compiled for {built}, and not for the GPU "
+                                f"({reason}). Install one for an older CUDA, or say --device cpu.")
             device = f"cuda:{index}"
         except (AssertionError, RuntimeError) as error:  # PyTorch says why there is none
             reason = f"no GPU: {str(error).splitlines()[0].rstrip('.')}"
@@ -592,10 +575,8 @@ class Captioner:
     Flan-T5: picture, prompt, </s> for the encoder; caption, </s> from the decoder are learned
     """
 
-    def __init__(
-        self, model: Blip2ForConditionalGeneration, processor: Blip2Processor, prompt: str,
-        limit: int, beams: int,
-    ) -> None:
+    def __init__(self, model: Blip2ForConditionalGeneration, processor: Blip2Processor,
+                 prompt: str, limit: int, beams: int) -> None:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.device, self.dtype = model.device, model.language_projection.weight.dtype
         text = model.config.text_config
@@ -605,9 +586,8 @@ class Captioner:
         self.prefix = self.tokenizer(prompt, split_special_tokens=True).input_ids  # </s> is a word
         self.space = " " if prompt and not self.is_t5 else ""  # a T5's decoder begins anew
         other = "" if self.dtype == torch.float32 else ", or set DTYPE to float32"
-        self.remedy = (  # for a loss that is not finite
-            f"Lower LEARNING_RATE{other}, and say --restart. If that does not help, delete the "
-            "folder .features in TRAIN_DIR: a damaged file there looks like this too.")
+        self.remedy = (f"Lower LEARNING_RATE{other}, and say --restart. If that does not help, "
+                       "delete .features in TRAIN_DIR: a damaged file looks like this too.")
 
     def tokenize(self, caption: str) -> list[int]:
         """The ids of a caption, uncut and without the stop token."""
@@ -680,8 +660,7 @@ class Captioner:
         output = [ids[self.is_t5 :] for ids in output]  # what a T5's decoder starts with
         output = [ids[: ids.index(self.stop) + 1] if self.stop in ids else ids for ids in output]
         losses = self.losses([Row(*row) for row in zip(features, output, strict=True)]).tolist()
-        texts = self.tokenizer.batch_decode(
-            [ids[:-1] if ids[-1] == self.stop else ids for ids in output], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         return [(" ".join(text.split()), math.exp(-loss / len(ids)))
                 for text, loss, ids in zip(texts, losses, output, strict=True)]
 
@@ -689,7 +668,7 @@ class Captioner:
 def load_captioner(settings: argparse.Namespace) -> Captioner:
     """BLIP-2 from safetensors, without foreign code. Raises UserError."""
     model_id, in_4bit = settings.MODEL_ID, settings.LOAD_IN_4BIT
-    print(f"model: {model_id}")
+    print(f"model: {printable(model_id)}")
     try:
         config = transformers.AutoConfig.from_pretrained(model_id, trust_remote_code=False)
         text = getattr(config, "text_config", config)
@@ -714,10 +693,8 @@ def load_captioner(settings: argparse.Namespace) -> Captioner:
             ignore_mismatched_sizes=True)  # they are an error here
         if wrong := sorted(map(str, loading["missing_keys"] | loading["mismatched_keys"])):
             raise ValueError(f"weights are missing or of another shape: {wrong[0]}")
-    except UserError:
-        raise
     except Exception as error:  # missing and damaged files raise a dozen kinds
-        if re.search(OUT_OF_MEMORY, str(error)):
+        if isinstance(error, UserError) or re.search(OUT_OF_MEMORY, str(error)):
             raise
         why = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"can't load MODEL_ID {model_id!r}: {why}. Check name and network; a "
@@ -740,18 +717,15 @@ def load_captioner(settings: argparse.Namespace) -> Captioner:
     return captioner
 
 
-def add_lora(
-    model: Blip2ForConditionalGeneration, targets: str, rank: int, alpha: float, dropout: float
-) -> PeftModel:
+def add_lora(model: Blip2ForConditionalGeneration, targets: str, rank: int, alpha: float,
+             dropout: float) -> PeftModel:
     """LoRA (Hu et al. 2021, arXiv:2106.09685) put into `model` where `targets` matches names.
 
     Raises UserError where that is nowhere, or outside the language model's linear layers.
     """
     pattern = LORA_PATTERNS.get(targets, targets)
-    linear = {
-        name for name, module in model.language_model.named_modules(prefix="language_model")
-        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
-    }
+    linear = {name for name, module in model.language_model.named_modules(prefix="language_model")
+              if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")}
     matched = {name for name, _ in model.named_modules() if re.fullmatch(pattern, name)}
     if not matched or matched - linear:
         kinds = sorted({re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in linear})
@@ -766,9 +740,6 @@ def add_lora(
 
 
 # ---- Features: what the frozen vision side says of a picture, computed once ---------------------
-
-
-Slot = tuple[Path, int]  # a file of features, and the row in it
 
 
 def hash_vision_side(captioner: Captioner) -> str:
@@ -798,8 +769,8 @@ def picture_key(path: str, root: str) -> str:
         return f"{relative(path, root)} is not there"
 
 
-def list_features(folder: Path) -> dict[str, Slot]:
-    """Where the features of each picture_key are: what all processes have written."""
+def list_features(folder: Path) -> dict[str, tuple[Path, int]]:
+    """File and row of the features of each picture_key: what all processes have written."""
     slots = {}
     for file in folder.glob("*.safetensors"):
         with contextlib.suppress(SafetensorError), safe_open(file, "pt") as batch:  # damaged:
@@ -808,9 +779,8 @@ def list_features(folder: Path) -> dict[str, Slot]:
     return slots
 
 
-def encode_pictures(
-    captioner: Captioner, pictures: list[str], root: str, folder: Path, workers: int
-) -> tuple[dict[str, Slot], list[Skipped]]:
+def encode_pictures(captioner: Captioner, pictures: list[str], root: str, folder: Path,
+                    workers: int) -> tuple[dict[str, tuple[Path, int]], list[Skipped]]:
     """Encodes what is not known. Returns where the features of each picture are, and who has none.
 
     Each batch is a file of its own, so that no two processes write the same one. Raises UserError.
@@ -824,8 +794,8 @@ def encode_pictures(
     for pixels in read_pictures(share(new), processor, workers, "encoding", skipped):
         features = captioner.encode([*pixels.values()])
         names = json.dumps([keys[picture] for picture in pixels])
-        with whole_file(folder / f"{uuid.uuid4().hex}.safetensors") as file:
-            file.write(save({"features": features}, {"pictures": names}))
+        write_whole(folder / f"{uuid.uuid4().hex}.safetensors",
+                    save({"features": features}, {"pictures": names}))
     skipped = sorted(gather_object(skipped))  # which also waits for all
     known, broken = list_features(folder), {path for path, _ in skipped}
     if any(key not in known and picture not in broken for picture, key in keys.items()):
@@ -833,10 +803,7 @@ def encode_pictures(
     return {picture: known[key] for picture, key in keys.items() if key in known}, skipped
 
 
-@functools.lru_cache(maxsize=4096)
-def map_features(file: Path) -> torch.Tensor:
-    """(pictures, num_query_tokens, hidden), read from the disk where it is used."""
-    return load_file(file)["features"]
+load_features = functools.lru_cache(maxsize=4096)(load_file)  # maps a file; reads what is used
 
 
 # ---- Datasets -----------------------------------------------------------------------------------
@@ -845,7 +812,7 @@ def map_features(file: Path) -> torch.Tensor:
 class ImageCaptioningDataset:
     """A Row for each pair, and the pictures with all their captions."""
 
-    def __init__(self, pairs: list[Pair], slots: dict[str, Slot], captioner: Captioner) -> None:
+    def __init__(self, pairs: list[Pair], slots: dict, captioner: Captioner) -> None:
         self.pairs, self.slots, self.captioner = pairs, slots, captioner
         self.references = defaultdict(list)  # picture: its captions
         for picture, caption in pairs:
@@ -862,7 +829,7 @@ class ImageCaptioningDataset:
     def features(self, picture: str) -> torch.Tensor:
         """(num_query_tokens, hidden)."""
         file, row = self.slots[picture]
-        return map_features(file)[row]
+        return load_features(file)["features"][row]
 
     def __getitem__(self, index: int) -> Row:
         picture, caption = self.pairs[index]
@@ -875,14 +842,12 @@ class Datasets(NamedTuple):
     captioned: list[str]  # the held-out pictures that are captioned before and after
 
 
-def split_pairs(
-    pairs: list[Pair], fraction: float, seed: int, root: str
-) -> tuple[list[Pair], list[Pair]]:
+def split_pairs(pairs: list[Pair], fraction: float, seed: int,
+                root: str) -> tuple[list[Pair], list[Pair]]:
     """Training and held-out pairs: all pairs of a picture are on one side.
 
     Pictures are ranked by a hash of seed and path: a new one does not reshuffle the rest.
     """
-
     ranked = sorted({pair.picture for pair in pairs}, key=lambda picture: hashlib.sha256(
         f"{seed} {relative(picture, root)}".encode(errors="surrogateescape")).digest())
     count = min(len(ranked) - 1, max(1, round(len(ranked) * fraction))) if fraction else 0
@@ -891,9 +856,8 @@ def split_pairs(
             [pair for pair in pairs if pair.picture in held_out])
 
 
-def build_datasets(
-    settings: argparse.Namespace, captioner: Captioner, data: Data, feature_dir: Path
-) -> tuple[Datasets, list[Skipped]]:
+def build_datasets(settings: argparse.Namespace, captioner: Captioner, data: Data,
+                   feature_dir: Path) -> tuple[Datasets, list[Skipped]]:
     """What is trained and measured on, and what can't be read. Raises UserError for nothing."""
     pictures = list(dict.fromkeys(pair.picture for pair in data.pairs + data.validation))
     slots, broken = encode_pictures(captioner, pictures, settings.TRAIN_DIR, feature_dir,
@@ -905,8 +869,7 @@ def build_datasets(
                          for some in (data.pairs, data.validation))
     if not pairs or (settings.VALIDATION_DIR and not validation):
         folder = settings.VALIDATION_DIR if pairs else settings.TRAIN_DIR
-        raise UserError(f"not one picture in {folder!r} can be read. --check says what is wrong "
-                        "with each.")
+        raise UserError(f"not one picture in {folder!r} can be read. --check says why.")
     if not settings.VALIDATION_DIR:
         pairs, validation = split_pairs(pairs, settings.VALIDATION_FRACTION, settings.SEED,
                                         settings.TRAIN_DIR)
@@ -985,16 +948,14 @@ def cider_d(captions: list[str], references: list[list[str]]) -> float:
     counts = [[count_ngrams(text) for text in texts] for texts in references]
     documents = Counter(gram for texts in counts for gram in set().union(*texts))
 
-    def weigh(grams: Counter, n: int) -> dict[tuple, float]:
-        return {gram: count * math.log(len(references) / max(1, documents[gram]))
-                for gram, count in grams.items() if len(gram) == n}
-
     def compare(ours: Counter, theirs: Counter) -> float:
         """The mean over n of the clipped cosine, less where lengths, in pairs of words, differ."""
         total, lengths = 0.0, [sum(len(gram) == 2 for gram in grams.elements())
                                for grams in (ours, theirs)]
         for n in range(1, 5):
-            mine, other = weigh(ours, n), weigh(theirs, n)
+            mine, other = (
+                {gram: count * math.log(len(references) / max(1, documents[gram]))
+                 for gram, count in grams.items() if len(gram) == n} for grams in (ours, theirs))
             norms = math.hypot(*mine.values()) * math.hypot(*other.values())
             dot = sum(min(mine[gram], x) * x for gram, x in other.items() if gram in mine)
             total += dot / norms if norms else 0.0
@@ -1059,7 +1020,7 @@ class Learner:
     """
 
     def __init__(self, captioner: Captioner, adapter: PeftModel, weight_decay: float) -> None:
-        self.captioner, self.adapter, self.trouble = captioner, adapter, ""
+        self.captioner, self.adapter = captioner, adapter
         named = {n: weight for n, weight in adapter.named_parameters() if weight.requires_grad}
         self.weights = list(named.values())
         flat = torch.cat([weight.detach().flatten().float() for weight in self.weights])
@@ -1079,7 +1040,7 @@ class Learner:
     def backward(self, rows: list[Row], tokens: int, micro_batch: int) -> torch.Tensor | None:
         """The gradient of loss / tokens, into master.grad, however the rows are split.
 
-        Returns each row's loss, (rows,); None: out of memory, and `trouble` says how.
+        Returns each row's loss, (rows,); None: out of memory, and there is something to halve.
         """
         losses = [torch.zeros(0, device=self.captioner.device)]
         self.master.grad.zero_()
@@ -1092,9 +1053,8 @@ class Learner:
                 self.master.grad += torch.cat([gradient.flatten() for gradient in gradients])
                 losses.append(some.detach())
         except RuntimeError as error:
-            if not re.search(OUT_OF_MEMORY, str(error)):
+            if not re.search(OUT_OF_MEMORY, str(error)) or min(micro_batch, len(rows)) == 1:
                 raise
-            self.trouble = str(error)
             return None  # and the traceback, which held all activations, is gone
         finally:
             self.dropouts.eval()
@@ -1155,13 +1115,12 @@ class Progress:
     best_master: torch.Tensor | None = None
 
 
-def train(
-    settings: argparse.Namespace, learner: Learner, datasets: Datasets, now: Progress, run: "Run"
-) -> None:
+def train(settings: argparse.Namespace, learner: Learner, datasets: Datasets, now: Progress,
+          run: "Run") -> None:
     """The training loop, from `now` on; then the weights are those of the lowest held-out loss.
 
-    Raises UserError on a loss that is not finite, and where not one pair fits into memory;
-    KeyboardInterrupt after a signal, when the step is done and saved.
+    Raises UserError on a loss that is not finite; KeyboardInterrupt after a signal, when the step
+    is done and saved.
     """
     state, dataset = PartialState(), datasets.training
     epoch_steps = math.ceil(len(dataset) / settings.BATCH_SIZE)
@@ -1185,9 +1144,6 @@ def train(
                 if not short:
                     break
                 most = min(now.micro_batch, math.ceil(len(pairs) / state.num_processes))
-                if most == 1:
-                    raise UserError("not even one pair fits into memory. Lower MAX_CAPTION_TOKENS "
-                                    "or LORA_RANK, or set LOAD_IN_4BIT. " + learner.trouble)
                 now.micro_batch = math.ceil(most / 2)
                 torch.cuda.empty_cache()
                 tqdm.write(f"out of memory: {now.micro_batch} pairs at a time, same result")
@@ -1233,19 +1189,12 @@ def train(
 # ---- What a run leaves --------------------------------------------------------------------------
 
 
-def save_record(folder: Path, record: dict[str, Any]) -> None:
-    """settings.json; with `results`, the run is finished."""
-    with whole_file(folder / "settings.json") as file:
-        file.write((json.dumps(record, indent=2) + "\n").encode())
-
-
 def save_adapter(folder: Path, record: dict[str, Any], learner: Learner) -> None:
     """What --caption needs, PEFT and transformers; the weights in float32."""
-    folder.mkdir(parents=True, exist_ok=True)
     learner.adapter.save_pretrained(folder, state_dict=learner.state_dict,
                                     save_embedding_layers=False)  # else PEFT asks the Hub
     learner.captioner.processor.save_pretrained(folder)
-    save_record(folder, record)
+    write_whole(folder / "settings.json", json.dumps(record, indent=2).encode())
 
 
 def list_pairs(split: str, dataset: ImageCaptioningDataset, losses: torch.Tensor) -> list[tuple]:
@@ -1261,9 +1210,8 @@ def summarize(rows: list[Captioned], datasets: Datasets, now: Progress) -> dict[
     measures = {name: {"before": before[name], "after": after[name]} for name in before}
     loss = {"before": now.metrics[0]["held_out_loss"], "after": now.best} if rows else (
         dict.fromkeys(("before", "after")))
-    alike, alike_references = (
-        max(Counter(texts).values(), default=0) / max(1, len(rows))
-        for texts in ([row.after for row in rows], [row.references[0] for row in rows]))
+    alike, alike_references = (max(Counter(texts).values(), default=0) for texts in (
+        [row.after for row in rows], [row.references[0] for row in rows]))
     remarks = {
         "nothing is held out, so that nothing can be measured": not rows,
         "CIDEr-D is '-': it needs two held-out pictures or more, with captions that differ":
@@ -1271,7 +1219,7 @@ def summarize(rows: list[Captioned], datasets: Datasets, now: Progress) -> dict[
         "the held-out loss is not below that before training: lower LEARNING_RATE, or add pictures":
             bool(rows) and not loss["after"] < loss["before"],
         "nearly all held-out captions are alike: lower LEARNING_RATE, and look at held_out.csv":
-            alike >= 0.9 > alike_references}
+            alike >= 0.9 * len(rows) > alike_references}
     return {"training_pairs": len(datasets.training), "held_out_pairs": len(datasets.held_out),
             "captioned": len(rows), "steps": now.step, "best_step": now.best_step,
             "seconds": round(now.metrics[-1]["seconds"], 1), "held_out_loss": loss, **measures,
@@ -1283,13 +1231,10 @@ def describe_results(results: dict[str, Any]) -> dict[str, str]:
     shown = {name: str(value) for name, value in results.items() if name != "remarks"}
     for name in ("held_out_loss", "exact", "cider_d"):
         before, after = results[name].values()
-        if before is None:
-            shown[name] = "-"
-        elif name == "exact":
-            count = results["captioned"]
-            shown[name] = f"{before * count:.0f} before, {after * count:.0f} after, of {count}"
-        else:
-            shown[name] = f"{before:.4f} before, {after:.4f} after"
+        shown[name] = "-" if before is None else f"{before:.4f} before, {after:.4f} after"
+    if count := results["captioned"]:
+        before, after = (round(part * count) for part in results["exact"].values())
+        shown["exact"] = f"{before} before, {after} after, of {count}"
     return shown
 
 
@@ -1297,9 +1242,7 @@ def draw_report(folder: Path, record: dict[str, Any]) -> None:
     """report.png: the losses in metrics.csv; pictures of held_out.csv with their captions."""
     from matplotlib.figure import Figure  # takes a second
 
-    rows = [Captioned(row["picture"], json.loads(row["references"]), row["before"], row["after"],
-                      float(row["confidence"])) for row in read_csv(folder / "held_out.csv")]
-    rows = spread(rows, min(12, record["settings"]["SAMPLE_COUNT"]))
+    rows = spread(read_csv(folder / "held_out.csv"), min(12, record["settings"]["SAMPLE_COUNT"]))
     lines = math.ceil(len(rows) / 2)
     figure = Figure(figsize=(13, 4 + 1.8 * lines), layout="constrained")
     grid = figure.add_gridspec(1 + lines, 4, height_ratios=[4, *[1.8] * lines],
@@ -1310,8 +1253,7 @@ def draw_report(folder: Path, record: dict[str, Any]) -> None:
         points = [(int(row["step"]), float(row[name])) for row in metrics if row[name]]
         if points:
             losses.plot(*zip(*points, strict=True), style, lw=1, ms=5, label=label)
-    losses.update_datalim([(0, 0)])
-    losses.autoscale_view()  # so that there is room above the highest
+    losses.plot(0, 0)  # nothing to see, but room above the highest
     losses.locator_params("x", integer=True)
     losses.set(xlabel="step", ylabel="loss per token", ylim=(0, None),
                title="held-out loss: {held_out_loss}; exact: {exact}; CIDEr-D: {cider_d}".format(
@@ -1324,20 +1266,21 @@ def draw_report(folder: Path, record: dict[str, Any]) -> None:
         picture.axis("off")
         words.axis("off")
         with contextlib.suppress(Exception):  # it is gone by now
-            picture.imshow(read_picture(row.picture, 224))
-        exact, height = row.after in row.references, 1.0
-        for text, color in ((f"caption: {' / '.join(row.references)}", "black"),
-                            (f"before: {row.before}", "gray"),
-                            (f"{'✓' if exact else '✗'} after: {row.after}",
-                             "tab:green" if exact else "tab:red")):
+            picture.imshow(read_picture(row["picture"], 224))
+        references, height = json.loads(row["references"]), 1.0
+        after = ("✓", "tab:green") if row["after"] in references else ("✗", "tab:red")
+        for text, color in ((f"caption: {' / '.join(references)}", "black"),
+                            (f"before: {row['before']}", "gray"),
+                            (f"{after[0]} after: {row['after']}", after[1])):
             wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in text)
             wrapped = textwrap.wrap(text, 24 if wide else 48, max_lines=3, placeholder=" ...")
             words.text(0, height, "\n".join(wrapped), color=color, family=FONTS, va="top",
                        parse_math=False, transform=words.transAxes, in_layout=False, clip_on=True)
             height -= 0.1 * len(wrapped) + 0.03
-    with whole_file(folder / "report.png") as file, warnings.catch_warnings():
+    with io.BytesIO() as drawn, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a line for every letter that no font has
-        figure.savefig(file, format="png")
+        figure.savefig(drawn, format="png")
+        write_whole(folder / "report.png", drawn.getvalue())
 
 
 CARD = """---
@@ -1398,8 +1341,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         remarks="".join(f"\nTo look at: {remark}.\n" for remark in record["results"]["remarks"]),
         tokens=settings["MAX_CAPTION_TOKENS"] + 1,
         cut='[:, inputs["input_ids"].shape[1] :]' if record["language_model"] == "opt" else "")
-    with whole_file(folder / "README.md") as file:
-        file.write(str(ModelCard(card)).encode(errors="surrogateescape"))
+    write_whole(folder / "README.md", str(ModelCard(card)).encode(errors="surrogateescape"))
 
 
 def make_pages(folder: Path, record: dict[str, Any]) -> int:
@@ -1441,7 +1383,7 @@ def list_differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The settings.json of a run; {}: there is none, or it is damaged."""
+    """The settings.json of a run, with `results` when it is finished; {}: none, or damaged."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         record = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         return record if isinstance(record.get("settings"), dict) else {}
@@ -1465,8 +1407,7 @@ class Run:
         earlier = self.output.exists() and any(self.output.iterdir())
         if earlier and not read_record(self.output):
             raise UserError(f"OUTPUT_DIR {str(self.output)!r} holds files that are not from a run "
-                            "of this script, and stay as they are. Name another folder, or move "
-                            "them.")
+                            "of this script. Name another folder, or move them.")
         if (self.folder / "checkpoint.pt").exists() or not read_record(self.folder).get("results"):
             return
         if earlier:
@@ -1474,7 +1415,7 @@ class Run:
             names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
             aside = next(name for name in names if not os.path.lexists(name))
             self.output.rename(aside)
-            print(f"the earlier run is in {aside} now")
+            print(f"the earlier run is in {printable(aside)} now")
         elif self.output.exists():
             self.output.rmdir()
         self.folder.rename(self.output)
@@ -1482,17 +1423,16 @@ class Run:
     def find_checkpoint(self, restart: bool) -> dict[str, Any] | None:
         """What to continue from, {} for a new run; None: it is finished. Raises UserError."""
         path, earlier = self.folder / "checkpoint.pt", read_record(self.output)
-        if restart:
-            return {}
-        if path.exists():
-            try:
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # a damaged file raises a dozen kinds
-                raise UserError(f"{str(path)!r} is damaged: {error}. Put back a copy of it, or "
-                                "give --restart to train anew.") from error
-            self.refuse_another(checkpoint)
-            return checkpoint
-        return None if earlier.get("results") and not list_differences(earlier, self.record) else {}
+        if restart or not path.exists():
+            same = earlier.get("results") and not list_differences(earlier, self.record)
+            return None if same and not restart else {}
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises a dozen kinds
+            raise UserError(f"{str(path)!r} is damaged: {error}. Put back a copy of it, or give "
+                            "--restart to train anew.") from error
+        self.refuse_another(checkpoint)
+        return checkpoint
 
     def refuse_another(self, checkpoint: dict[str, Any]) -> None:
         """Raises UserError where a checkpoint, {} for none, is that of another run."""
@@ -1517,25 +1457,11 @@ class Run:
                    buffer)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_csv(self.folder / "metrics.csv", [METRICS, *(row.values() for row in now.metrics)])
-        with whole_file(self.folder / "checkpoint.pt") as file:
-            file.write(buffer.getbuffer())
+        write_whole(self.folder / "checkpoint.pt", buffer.getvalue())
 
 
-def describe_model(captioner: Captioner) -> dict[str, Any]:
-    """What a record says of the loaded model."""
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "pillow")
-    return {"vision_side": hash_vision_side(captioner),
-            "language_model": captioner.model.config.text_config.model_type,
-            "device": str(captioner.device), "dtype": str(captioner.dtype).removeprefix("torch."),
-            "base_commit": getattr(captioner.model.config, "_commit_hash", None),
-            "processes": PartialState().num_processes,
-            "versions": {name: version(name) for name in packages}}
-
-
-def begin(
-    settings: argparse.Namespace, captioner: Captioner, datasets: Datasets,
-    checkpoint: dict[str, Any],
-) -> tuple[Learner, Progress]:
+def begin(settings: argparse.Namespace, captioner: Captioner, datasets: Datasets,
+          checkpoint: dict[str, Any]) -> tuple[Learner, Progress]:
     """A learner, and where it is: at the checkpoint, or {}, at the start."""
     torch.manual_seed(settings.SEED)  # of the adapter's first weights
     adapter = add_lora(captioner.model, settings.LORA_TARGETS, settings.LORA_RANK,
@@ -1554,13 +1480,9 @@ def begin(
     return learner, Progress(captions, [before], torch.zeros(len(datasets.training)))
 
 
-def finish(
-    run: Run, learner: Learner, datasets: Datasets, now: Progress, skipped: list[Skipped]
-) -> int:
-    """All that a run leaves, in an order in which it can be killed and finished again.
-
-    Returns the exit code: 1 without report or card.
-    """
+def finish(run: Run, learner: Learner, datasets: Datasets, now: Progress,
+           skipped: list[Skipped]) -> int:
+    """All that a run leaves, to be killed and finished again anywhere. Returns the exit code."""
     losses, captions = measure_losses(datasets.held_out), caption_held_out(datasets)
     if not run.accelerator.is_main_process:
         return 0
@@ -1583,13 +1505,14 @@ def finish(
         shutil.copymode(folder / "settings.json", path)  # safetensors are for their owner alone
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
-    save_record(folder, record)  # all is on the disk: what the run continues from can go
+    # All is on the disk: what the run continues from can go.
+    write_whole(folder / "settings.json", json.dumps(record, indent=2).encode())
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     run.accelerator.end_training()  # its trackers hold files in this folder
     run.accelerator.trackers = []
     run.put_in_place()
     print_summary(record, rows, pairs)
-    print(f"adapter:         {run.output}")
+    print(f"adapter:         {printable(str(run.output))}")
     return code
 
 
@@ -1624,18 +1547,22 @@ def fine_tune(settings: argparse.Namespace, data: Data) -> int:
             run.put_in_place()
         accelerator.wait_for_everyone()
         checkpoint = run.find_checkpoint(settings.restart)
-        step = checkpoint["progress"]["step"] if checkpoint else checkpoint
-        seen = gather_object([(run.record, step)])
+        seen = gather_object([(run.record, checkpoint and checkpoint["progress"]["step"])])
         if any(list_differences(seen[0][0], other) or at != seen[0][1] for other, at in seen):
             raise UserError(NOT_SHARED)
         if checkpoint is None:
-            print(f"this run is finished: its adapter is in {output}. To train anew, change a "
-                  "setting or give --restart.")
+            print(f"this run is finished: its adapter is in {printable(str(output))}. To train "
+                  "anew, change a setting or give --restart.")
             return make_pages(output, read_record(output)) if accelerator.is_main_process else 0
         if checkpoint:
             settings.DTYPE = checkpoint["record"]["dtype"]  # whatever this device's would be
         captioner = load_captioner(settings)
-        run.record |= describe_model(captioner)
+        run.record |= {
+            "vision_side": hash_vision_side(captioner), "processes": accelerator.num_processes,
+            "language_model": captioner.model.config.text_config.model_type,
+            "base_commit": getattr(captioner.model.config, "_commit_hash", None),
+            "device": str(captioner.device), "dtype": str(captioner.dtype).removeprefix("torch."),
+            "versions": {name: version(name) for name in PACKAGES}}
         run.refuse_another(checkpoint)
         feature_dir = feature_folder(settings.TRAIN_DIR, str(output), run.record["vision_side"])
         datasets, broken = build_datasets(settings, captioner, data, feature_dir)
@@ -1684,11 +1611,9 @@ def caption_pictures(settings: argparse.Namespace) -> int:
                                   if file == path or not file.endswith((".txt", ".csv", ".jsonl")))
     if not pictures:
         raise UserError(f"there is no file in {settings.caption}. Name pictures, or folders.")
-    print(f"adapter: {output}", file=sys.stderr)
+    print(f"adapter: {printable(output)}", file=sys.stderr)
     try:
-        record = read_record(Path(output))
-        if "dtype" not in record:
-            raise ValueError("there is no settings.json of a run")
+        record = json.loads(Path(output, "settings.json").read_text(encoding="utf-8"))
         trained = argparse.Namespace(**record["settings"] | {
             "DEVICE": settings.DEVICE, "NUM_BEAMS": settings.NUM_BEAMS,
             "DTYPE": "auto" if record["dtype"] == "float16" else record["dtype"]})
@@ -1713,8 +1638,7 @@ def caption_pictures(settings: argparse.Namespace) -> int:
 def run_command(settings: argparse.Namespace) -> int:
     """What the settings and flags ask for. Returns the exit code."""
     # Processes wait for each other for a day at most: a download or an encoding pass may be slow.
-    cpu = getattr(settings, "DEVICE", "") == "cpu"
-    state = PartialState(cpu=cpu, timeout=timedelta(days=1))
+    state = PartialState(cpu=getattr(settings, "DEVICE", "") == "cpu", timeout=timedelta(days=1))
     if int(os.environ.get("WORLD_SIZE", 1)) > state.num_processes:
         raise UserError("several processes were started, but there is no GPU for them. Mend that, "
                         "or try it with --device cpu.")
@@ -1723,13 +1647,12 @@ def run_command(settings: argparse.Namespace) -> int:
         return caption_pictures(settings)
     named = sys.maxsize if settings.check else NAMED
     pairs, skipped = find_pairs(settings.TRAIN_DIR, named)
-    validation, more = [], []
-    if settings.VALIDATION_DIR:
-        validation, more = find_pairs(settings.VALIDATION_DIR, named)
+    validation, more = (find_pairs(settings.VALIDATION_DIR, named) if settings.VALIDATION_DIR
+                        else ([], []))
     data = Data(pairs, validation, skipped + more)
     if copies := find_copies(*({pair.picture for pair in some} for some in (validation, pairs))):
         print(f"warning: {len(copies)} pictures of VALIDATION_DIR are in TRAIN_DIR too, and make "
-              f"the held-out loss too good: {', '.join(map(printable, copies[:NAMED]))}")
+              f"the held-out loss too good: {', '.join(map(printable, copies[:named]))}")
     if settings.check:
         return check_pictures(settings, data)
     return fine_tune(settings, data)
