@@ -1194,7 +1194,7 @@ def save_adapter(folder: Path, record: dict[str, Any], learner: Learner) -> None
     learner.adapter.save_pretrained(folder, state_dict=learner.state_dict,
                                     save_embedding_layers=False)  # else PEFT asks the Hub
     learner.captioner.processor.save_pretrained(folder)
-    write_whole(folder / "settings.json", json.dumps(record, indent=2).encode())
+    write_whole(folder / "settings.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
 def list_pairs(split: str, dataset: ImageCaptioningDataset, losses: torch.Tensor) -> list[tuple]:
@@ -1506,7 +1506,7 @@ def finish(run: Run, learner: Learner, datasets: Datasets, now: Progress,
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     # All is on the disk: what the run continues from can go.
-    write_whole(folder / "settings.json", json.dumps(record, indent=2).encode())
+    write_whole(folder / "settings.json", (json.dumps(record, indent=2) + "\n").encode())
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     run.accelerator.end_training()  # its trackers hold files in this folder
     run.accelerator.trackers = []
@@ -1607,8 +1607,9 @@ def caption_pictures(settings: argparse.Namespace) -> int:
     pictures, skipped, output = {}, [], settings.OUTPUT_DIR  # a dict: each picture once, in order
     for path in settings.caption:
         found = list_files(path, skipped) if os.path.isdir(path) else [path]
-        pictures |= dict.fromkeys(file for file in found  # captions beside them are no pictures
-                                  if file == path or not file.endswith((".txt", ".csv", ".jsonl")))
+        pictures |= dict.fromkeys(
+            file for file in found  # captions beside pictures are no pictures
+            if file == path or not file.lower().endswith((".txt", ".csv", ".jsonl")))
     if not pictures:
         raise UserError(f"there is no file in {settings.caption}. Name pictures, or folders.")
     print(f"adapter: {printable(output)}", file=sys.stderr)
