@@ -140,7 +140,8 @@ OUT_OF_MEMORY = r"out of memory|can't allocate memory|CUBLAS_STATUS_(ALLOC_FAIL|
 REMEDIES = {  # of errors that are not ours, by their kinds and what they say
     "file lock": "Another run works on this OUTPUT_DIR: stop it, or name another one. Only if none "
     "does (it was killed on another machine), delete that file.",
-    OUT_OF_MEMORY: "Lower MAX_CAPTION_TOKENS, LORA_RANK or NUM_BEAMS, or set LOAD_IN_4BIT.",
+    OUT_OF_MEMORY: "Lower MAX_CAPTION_TOKENS, LORA_RANK or NUM_BEAMS, set LOAD_IN_4BIT, or free "
+    "memory.",
     r"OSError|os error \d": "Mend that, and run the same command again.",
     "DistError|gloo": "Another process has ended: see what it says.",
 }
@@ -1429,8 +1430,8 @@ class Run:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file raises a dozen kinds
-            raise UserError(f"{str(path)!r} is damaged: {error}. Put back a copy of it, or give "
-                            "--restart to train anew.") from error
+            raise UserError(f"{str(path)!r} is damaged. Put back a copy of it, or give --restart "
+                            "to train anew.") from error
         self.refuse_another(checkpoint)
         return checkpoint
 

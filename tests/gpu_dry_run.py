@@ -244,7 +244,9 @@ class DryRun:
         features = torch.zeros(shape, dtype=self.captioner.dtype)
         rows = [finetune.Row(features, [5] * (tokens + 1))] * pairs
         self.counted.start()
-        return self.learner.backward(rows, pairs * (tokens + 1), pairs)
+        # transformers asks a mask whether it masks anything, and waits, but not a fake one.
+        with mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda _: False):
+            return self.learner.backward(rows, pairs * (tokens + 1), pairs)
 
     def step(self, losses: torch.Tensor) -> None:
         """The rest of an optimizer step."""

@@ -164,11 +164,14 @@ def test_a_misspelled_setting_is_named(old, new, named, tmp_path, capsys):
     ({"OUTPUT_DIR": ".."}, "current folder"), ({"OUTPUT_DIR": "/proc"}, "mount point"),
     ({"OUTPUT_DIR": "data"}, "TRAIN_DIR"), ({"OUTPUT_DIR": "link/out"}, "TRAIN_DIR"),
     ({"OUTPUT_DIR": "all", "TRAIN_DIR": "to all"}, "TRAIN_DIR"),
+    ({"OUTPUT_DIR": "new", "TRAIN_DIR": "new.unfinished"}, "TRAIN_DIR"),
+    ({"OUTPUT_DIR": "new", "TRAIN_DIR": "new.unfinished/data"}, "TRAIN_DIR"),
     ({"OUTPUT_DIR": "all", "VALIDATION_DIR": "all/data"}, "VALIDATION_DIR"),
     ({"OUTPUT_DIR": "all", "MODEL_ID": "all/model"}, "MODEL_ID")])
 def test_an_output_folder_of_others(refused, small_data, opt_base, monkeypatch, settings, words):
     monkeypatch.chdir(small_data.parent)
     shutil.copytree("data", "all/data")
+    shutil.copytree("data", "new.unfinished/data")
     shutil.copytree(opt_base, "all/model")
     Path("link").symlink_to("data/Image")
     Path("to all").symlink_to("all/data")
@@ -228,25 +231,26 @@ def test_check_lists_everything_and_writes_nothing(check, tmp_path):
     assert check(data).pairs == sorted([*expected, ("Image/rose.png", text)])
 
 
-@pytest.mark.parametrize("flags", [(), ("--check",)], ids=["train", "check"])
-def test_no_pair_at_all(command, small_data, tmp_path, opt_base, flags):
+@pytest.mark.parametrize("flags, near", [((), "Images"), (("--check",), "image")])
+def test_no_pair_at_all(command, small_data, tmp_path, opt_base, flags, near):
     run, data = partial(command, *flags, MODEL_ID=opt_base), tmp_path / "none"
     code, _, err = run(TRAIN_DIR=data)
     assert code == 1 and repr(str(data)) in err
     for number in range(12):
         write(data / f"caption/alone {number:02}.txt", b"a cat")
-    write(data / "Images/alone 00.png", b"no picture")
+    write(data / near / "alone 00.png", b"no picture")
     code, out, err = run(TRAIN_DIR=data)
-    assert code == 1 and "There is 'Images': rename it to 'Image'" in err
+    assert code == 1 and f"There is {near!r}: rename it to 'Image'" in err
     assert all(word in err for word in ("caption/<name>.txt", "metadata.csv", "<name>.jpg"))
     assert out.count("alone ") == (12 if flags else 10)
-    (data / "Images").rename(data / "Image")
+    (data / near).rename(data / "Image")
     for some, measured in ((data, ""), (data, small_data), (small_data, data)):
         assert run(TRAIN_DIR=some, VALIDATION_DIR=measured)[0] == 1
 
 
 def test_odd_names_and_captions_are_one_line_each(check, command, opt_base, tmp_path):
-    data, pairs, skipped = tmp_path / "odd \x1b[1m\n folder", [], set()
+    data, base, output = (tmp_path / f"odd \x1b[1m\n {name}" for name in ("data", "base", "out"))
+    pairs, skipped = [], set()
     for name, shown in ODD.items():
         caption = f"a {name} cat </s>".encode(errors="replace")
         write(data / f"caption/{name}.txt", caption)
@@ -259,11 +263,15 @@ def test_odd_names_and_captions_are_one_line_each(check, command, opt_base, tmp_
     done, before = check(data), tree(data)
     assert not re.search(CONTROL, done.out.replace("\t", "") + done.err)
     assert done.pairs == sorted(pairs) and done.skipped.keys() == skipped
-    code, out, err = command(TRAIN_DIR=data, MODEL_ID=opt_base, EPOCHS=1, SAMPLE_COUNT=99,
-                             VALIDATION_FRACTION=0.5)
-    assert (code, err) == (0, "") and not re.search(CONTROL, out)
+    shutil.copytree(opt_base, base)
+    for prompt, said in (("a photo of", "cut: 5 captions, at MAX_CAPTION_TOKENS = 20"),
+                         (" a  photo\nof ", "this run is finished"), ("", "the earlier run is in")):
+        code, out, err = command(TRAIN_DIR=data, MODEL_ID=base, OUTPUT_DIR=output, PROMPT=prompt,
+                                 EPOCHS=1, SAMPLE_COUNT=99, VALIDATION_FRACTION=0.5,
+                                 MAX_CAPTION_TOKENS=20)  # two have just as many
+        assert (code, err) == (0, "") and said in out and not re.search(CONTROL, out)
     assert skipped == {finetune.printable(os.path.relpath(row["path"], data))
-                       for row in finetune.read_csv(tmp_path / "out/skipped.csv")}
+                       for row in finetune.read_csv(output / "skipped.csv")}
     shutil.rmtree(data / ".features")
     assert tree(data) == before
 
@@ -303,16 +311,18 @@ def test_the_sample_in_another_layout_is_the_same(sample, tmp_path, command, opt
 @pytest.mark.parametrize("name, bom", [
     ("metadata.csv", b""), ("metadata.csv", b"\xef\xbb\xbf"), ("metadata.jsonl", b"\xef\xbb\xbf")])
 def test_a_table(check, tmp_path, name, bom):
+    """With text alone, or beside a caption that is not used; with caption alone, after a BOM."""
     data, decomposed = tmp_path / "data", unicodedata.normalize("NFD", "café.png")
     for path in ("a/1.png", f"a/{decomposed}", "2.png", "lonely.png", "../outside.png"):
         write(data / path)
     used = [("a/1.png", "a cat", "a/1.png"), ("a\\1.png", "le café,\n \"noir\"", "a/1.png"),
             ("./a//1.png", "a third", "a/1.png"), (str(data / "a/1.png"), "a fourth", "a/1.png"),
-            ("a/café.png", "a cat", f"a/{decomposed}"), ("2.png", "x" * 9999, "2.png")]
+            ("a/café.png", "a cat", f"a/{decomposed}"), ("2.png", "x" * 200_000, "2.png")]
     skipped = [("2.png", "", "is empty"), ("a/1.png", "a  cat", "earlier row is the same"),
                ("no.png", "x", "no such file"), ("../outside.png", "x", "out of the folder"),
                (str(tmp_path / "outside.png"), "x", "out of the folder"), ("", "x", "no such file")]
-    write_table(data / name, [{"id": 1, "file_name": path, "caption" if bom else "text": text}
+    column = "caption" if bom else "text"
+    write_table(data / name, [{"caption": "not used", "file_name": path, column: text}
                               for path, text, _ in used + skipped], bom)
     done = check(data)
     assert done.code == 0
@@ -323,24 +333,26 @@ def test_a_table(check, tmp_path, name, bom):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("metadata.csv", b"image,caption\n1.png,a cat\n",
-     "'image', 'caption'.*file_name and text.*rename"),
+    ("metadata.csv", b"image,caption\n1.png,a red, star\n",
+     "'image', 'caption'(?!, None).*file_name and text.*rename"),
     ("metadata.csv", b"file_name;text\n1.png;a cat\n", "commas"),
     ("metadata.csv", "file_name,text\n1.png,café".encode("cp1252"), "UTF-8"),
     ("metadata.csv", b'file_name,text\n1.png,"a cat\n', "can't be read"),
     ("metadata.csv", b"", "no picture in"), ("metadata.jsonl", b"{}", "file_name and text"),
     ("metadata.jsonl", b"file_name,text\n1.png,a cat\n", "can't be read"),
     ("metadata.jsonl", b'["1.png", "a cat"]', "can't be read"),
+    ("metadata.jsonl", b'{"file_name": "1.png", "text": "a cat"}\n' * 2 + b'{"file', r"row 3\b"),
     ("deeper/metadata.csv", b"file_name,text\n1.png,a cat\n",
      "deeper/metadata.csv: a table is read in the folder itself alone(.|\n)*no picture in"),
     ("metadata.csv", b"file_name,text\n1.png,a red, star\n",  # which must not be cut
      "row 1: 1.png: .*put quotes around a caption with commas\n(.|\n)*no picture in"),
     ("metadata.jsonl", rb'{"file_name": "1.png", "text": "half a letter, \ud83d"}',
      "row 1: 1.png: the caption is no valid Unicode\n(.|\n)*no picture in"),
-    ("caption/1.txt", b"a cat", "metadata.csv and caption in .*Move the other out")])
+    ("caption/1.txt", b"a cat", "metadata.csv and caption in .*Move the other out"),
+    ("metadata.jsonl", b"{}", "metadata.csv and metadata.jsonl in .*Move the other out")])
 def test_a_table_that_cannot_be_used(command, tmp_path, name, content, words):
     write(tmp_path / "data/1.png")
-    if name.startswith("caption"):
+    if "Move the other out" in words:
         write(tmp_path / "data/metadata.csv", b"file_name,text\n1.png,a cat\n")
     write(tmp_path / "data" / name, content)
     code, out, err = command("--check", TRAIN_DIR=tmp_path / "data")
@@ -374,16 +386,21 @@ def test_captions_beside_pictures(check, tmp_path):
                                   "a/1.png": "there is no caption of this name"})
 
 
-def test_the_same_file_to_train_and_to_measure_on_is_told(check, small_data, tmp_path):
+def test_the_same_file_to_train_and_to_measure_on_is_told(check, command, small_data, tmp_path):
+    """--check names all, a training the first ten."""
     folder = shutil.copytree(small_data, tmp_path / "measured")
     trained, measured = (sorted(some.rglob("*.png")) for some in (small_data, folder))
     for path in measured:  # of the same size, and another file
         path.write_bytes(path.read_bytes()[:-1] + b"x")
     measured[0].unlink()
     measured[0].symlink_to(trained[0])
-    shutil.copy(trained[7], measured[1])  # under another name
-    said = check(small_data, VALIDATION_DIR=folder).out.partition("warning: 2 pictures ")[2]
-    assert all(str(path) in said.splitlines()[0] for path in measured[:2])
+    copies = [measured[0], *(measured[1].with_stem(f"copy{number}") for number in range(10, 21))]
+    for path in copies[1:]:
+        shutil.copy(trained[7], path)
+    for out, count in ((check(small_data, VALIDATION_DIR=folder).out, 12), (command(
+            TRAIN_DIR=small_data, VALIDATION_DIR=folder, MODEL_ID="no-such/model")[1], 10)):
+        said = re.sub(".*\t.*", "", out.partition("warning: 12 pictures ")[2])  # without the list
+        assert [path for path in copies if str(path) in said] == copies[:count]
 
 
 def test_pictures_are_held_out_with_all_their_pairs():
@@ -473,7 +490,7 @@ def finished(sample, opt_base, tmp_path_factory) -> Path:
 
 def test_caption_prints_a_line_a_picture(command, refused, small_data, finished, monkeypatch):
     monkeypatch.chdir(small_data.parent)
-    shutil.copytree(finished, "moved")
+    shutil.copytree(finished, "mov\x1bed")
     *good, other = sorted(str(path) for path in Path("data/Image").rglob("*.png"))
     shutil.move(other, "single")
     for name in ODD:
@@ -483,7 +500,7 @@ def test_caption_prints_a_line_a_picture(command, refused, small_data, finished,
         write(Path("data/Image", name), content)
     before = tree(Path())
     code, out, err = command("--caption", "missing.png", "single", "data/Image",
-                             OUTPUT_DIR="moved", NUM_WORKERS=1)
+                             OUTPUT_DIR="mov\x1bed", NUM_WORKERS=1)
     assert code == 1 and tree(Path()) == before
     rows = [line.split("\t") for line in out.split("\n")[:-1]]
     assert sorted(path for path, _, _ in rows) == sorted(

@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from conftest import flags_of
@@ -60,6 +62,32 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr(finetune, "PartialState", lambda: several)
     with pytest.raises(finetune.UserError, match="'cuda:1', but each process takes a GPU"):
         finetune.choose_device("cuda:1", "auto", False, 1)
+
+
+@pytest.mark.parametrize("device, dtype, is_t5, size, gpu, expected", [
+    ("auto", "auto", False, 10**10, (8, 0), ("cuda:3", "bfloat16")),
+    ("cuda:1", "float16", False, 10**10, (9, 0), ("cuda:1", "float16")),
+    ("auto", "auto", False, 10**10, (7, 5), ("cuda:3", "float16")),
+    ("auto", "auto", True, 10**10, (7, 5), ("cuda:3", "float32")),
+    ("cpu", "auto", False, 10**10, (8, 0), ("cpu", "float32")),
+    ("auto", "auto", False, 500_000_000, None, ("cpu", "float32")),
+    ("auto", "auto", False, 500_000_001, None, "no driver.*--device cpu"),
+    ("cuda", "auto", False, 1, None, "no driver.*--device cpu"),
+    ("auto", "float16", True, 1, (8, 0), "float16 is for OPT on a GPU"),
+    ("cpu", "float16", False, 1, (8, 0), "float16 is for OPT on a GPU"),
+])  # fmt: skip
+def test_device_and_dtype(device, dtype, is_t5, size, gpu, expected, monkeypatch):
+    """In the fourth process of a machine; a capability, or no GPU at all."""
+    capability = Mock(return_value=gpu, side_effect=None if gpu else RuntimeError("no driver"))
+    monkeypatch.setattr("torch.cuda.get_device_capability", capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ARCHITECTURES)
+    state = SimpleNamespace(num_processes=1, local_process_index=3)
+    monkeypatch.setattr(finetune, "PartialState", lambda: state)
+    refused = isinstance(expected, str)
+    with pytest.raises(finetune.UserError, match=expected) if refused else nullcontext():
+        where, kind, _ = finetune.choose_device(device, dtype, is_t5, size)
+        assert (str(where), str(kind)) == (expected[0], f"torch.{expected[1]}")
 
 
 ELSEWHERE = """

@@ -55,6 +55,10 @@ CASES = {  # captions, the references of each picture, coco-caption's CIDEr-D
         [["it's the childrens' best toy"], ["a dog running fast.", "Dog: fast"],
          ["A cat on the mat", "a cat, on_the_mat"], ["一只 红色 的 狗", "..."], ["Кошка на столе"]],
         4.7381259),
+    "no word in common": (
+        ["two zebras", "a cat on a mat", "the bus stops here"],
+        [["a dog", "the dog runs"], ["a cat on the mat", "cats"], ["the bus stops", "a red bus"]],
+        1.8932391),
 }  # fmt: skip
 
 
@@ -64,9 +68,12 @@ def test_cider_d_is_that_of_coco_caption(name):
     assert finetune.cider_d(captions, references) == pytest.approx(theirs, rel=0, abs=1e-6)
 
 
-def test_cider_d_is_none_where_all_captions_are_the_same():
-    rows = [SimpleNamespace(references=["a dog", "a dog"], after=text) for text in ("", "a dog")]
-    assert finetune.measure(rows, "after") == {"exact": 0.5, "cider_d": None}
+@pytest.mark.parametrize("references, captions", [
+    (["a dog", "a dog"], ["", "a dog"]), (["a cat", "a dog"], ["a dog"])])  # fmt: skip
+def test_cider_d_is_none_where_all_captions_are_the_same_or_of_one_picture(references, captions):
+    """Exact is what equals any of the references."""
+    rows = [SimpleNamespace(references=references, after=text) for text in captions]
+    assert finetune.measure(rows, "after") == {"exact": 1 / len(rows), "cider_d": None}
 
 
 class Plain:

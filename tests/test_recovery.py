@@ -104,6 +104,8 @@ class Runs:
         """The command says why it does nothing, and does nothing."""
         before, ended = tree(self.folder), self(*flags, **settings)
         assert ended.code == 1 and "Traceback" not in ended.err, ended
+        looked_at = "the vision side" in ended.err or "that can't be read: [" in ended.err
+        assert ("model: " in ended.out) == looked_at, "no weights are loaded to refuse a run"
         assert tree(self.folder) == before
         return ended.err
 
@@ -376,16 +378,26 @@ def test_a_link_stays_and_what_it_points_to_is_used(encoded):
 @pytest.mark.parametrize("change, settings, said", [
     ("nothing", {"LEARNING_RATE": 1e-3}, "LEARNING_RATE: 0.01 then, 0.001 now"),
     ("a caption", {}, "pictures or captions: '24 pairs, "),
+    ("a caption of VALIDATION_DIR", {"VALIDATION_DIR": "measured"}, "captions: '48 pairs, "),
     ("one picture more", {}, " then, '25 pairs, "),
+    ("a picture renamed", {}, "pictures or captions: '24 pairs, "),
+    ("a picture one byte longer", {}, "pictures or captions: '24 pairs, "),
     ("a picture spoiled", {}, "pictures that can't be read: [] then, ["),
 ])  # fmt: skip
 def test_another_run_is_refused_where_one_is_unfinished(change, settings, said, unfinished):
     """A picture is spoiled by as many bytes that are none, which only the decoder sees."""
-    picture = sorted(unfinished.data.glob("Image/*/*.png"))[7]
-    if change == "a caption":
-        sorted(unfinished.data.glob("caption/*.txt"))[3].write_text("another style")
+    picture, data = sorted(unfinished.data.glob("Image/*/*.png"))[7], unfinished.data
+    if change == "a caption of VALIDATION_DIR":
+        data = shutil.copytree(data, unfinished.folder / "measured")
+        unfinished.killed("before step 2", "--restart", "--validation-dir", "measured")
+    if "a caption" in change:
+        sorted(data.glob("caption/*.txt"))[3].write_text("another style")
     elif change == "one picture more":
         shutil.copy(picture, picture.with_name("another.png"))
+    elif change == "a picture renamed":  # it stays the last of its name
+        picture.rename(picture.with_stem(f"{picture.stem}b"))
+    elif change == "a picture one byte longer":
+        picture.write_bytes(picture.read_bytes() + b"x")
     elif change == "a picture spoiled":
         picture.write_bytes(bytes(picture.stat().st_size))
     error = unfinished.refuses(**settings)
@@ -426,13 +438,13 @@ def test_what_changes_nothing_may_change(unfinished):
 
 @pytest.mark.parametrize("damage", [
     lambda whole: whole[: len(whole) * 2 // 3], lambda whole: b"", lambda whole: bytes(len(whole)),
-], ids=["truncated", "empty", "zeros"])  # fmt: skip
-def test_files_torn_by_a_power_cut(damage, unfinished):
+    lambda whole: b"cbuiltins\nopen\n(Vcalled\nVw\ntR.",  # a pickle of open("called", "w")
+], ids=["truncated", "empty", "zeros", "calls"])  # fmt: skip
+def test_files_torn_by_a_power_cut_or_made_by_others(damage, unfinished):
     checkpoint = unfinished.unfinished / "checkpoint.pt"
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(damage(whole))
-    error = unfinished.refuses()
-    assert "checkpoint.pt' is damaged: " in error and "--restart" in error
+    assert_one_sentence(unfinished.refuses(), "checkpoint.pt' is damaged", "--restart")
     checkpoint.write_bytes(whole)
     features = max(unfinished.data.glob(".features/*/*"), key=lambda path: path.stat().st_size)
     features.write_bytes(damage(features.read_bytes()))
@@ -448,10 +460,12 @@ def test_damaged_settings_are_refused(text, finished):
 # ---- Other runs, other hands --------------------------------------------------------------------
 
 
-def test_a_second_run_at_once_is_refused(encoded, command, monkeypatch):
-    meet = multiprocessing.Barrier(2, timeout=LIMIT)  # at step 5, and when that is tried
+@pytest.mark.parametrize("event", ["before step 5", "before rename *.unfinished 1"])
+def test_a_second_run_at_once_is_refused(event, encoded, command, monkeypatch):
+    """Before it moves the first one's folder, too."""
+    meet = multiprocessing.Barrier(2, timeout=LIMIT)  # at the event, and when that is tried
     child = Child(encoded.settings, folder=encoded.folder,
-                  prepare=lambda: on("before step 5", lambda: [meet.wait(), meet.wait()]))
+                  prepare=lambda: on(event, lambda: [meet.wait(), meet.wait()]))
     meet.wait()
     before = tree(encoded.folder)
     monkeypatch.chdir(encoded.folder)

@@ -257,7 +257,7 @@ ODD = [  # a caption or its beginning, as it must be read in the report
 ]  # fmt: skip
 
 
-def test_odd_captions_in_the_report(draw):
+def test_odd_captions_in_the_report(draw, ran):
     """All is said as it is, in its own place: no words run into the next picture or line.
 
     Right captions, equal to any of their picture's, are green, and wrong ones red.
@@ -266,6 +266,11 @@ def test_odd_captions_in_the_report(draw):
             for number, text in enumerate(ODD)]
     height, drawn = draw(rows, 12)
     assert height == 400 + 180 * 6 and len(drawn) == 3 * 12
+    losses, *places = drawn[0].figure.axes
+    assert sum(bool(place.images) for place in places) == 10  # one is gone, one is none
+    assert losses.get_legend_handles_labels()[1] == ["training", "held out"]
+    said = "held-out loss: {held_out_loss}; exact: {exact}; CIDEr-D: {cider_d}"
+    assert losses.get_title() == said.format(**ran.shown)
     for number, (references, before, after) in enumerate(rows):
         lowest, right, three = math.inf, (650, 1300)[number % 2], drawn[3 * number :][:3]
         mark, color = ("✓", "tab:green") if number % 3 else ("✗", "tab:red")
