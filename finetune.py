@@ -316,8 +316,10 @@ def read_caption(path: str) -> str:
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError("the caption is not in UTF-8; save it so, README says how") from error
-    if not text.strip() or "\0" in text or len(raw) > CAPTION_BYTES:
-        raise ValueError("the caption is empty, no text in UTF-8, or above 1 MB")
+    if len(raw) > CAPTION_BYTES or "\0" in text:
+        raise ValueError("the caption is above 1 MB, or no text in UTF-8")
+    if not text.strip():
+        raise ValueError("the caption is empty")
     return " ".join(text.split())
 
 
@@ -366,15 +368,15 @@ def read_names(folder: str, beside: bool, skipped: list[Skipped]) -> list[Pair]:
 def read_rows(path: str) -> Iterator[tuple[int, dict[str | None, Any]]]:
     """The rows of a table, counted from 1. Raises UserError."""
     number = 0
-    with open(path, newline="", encoding="utf-8-sig") as lines:
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
         rows = csv.DictReader(lines, strict=True) if path.endswith(".csv") else (
             dict(json.loads(line)) for line in lines if line.strip())
         try:
             for number, row in enumerate(rows, 1):
                 yield number, row
         except (ValueError, TypeError, csv.Error) as error:
-            raise UserError(f"{path!r} can't be read from row {number + 1} on: {error}. Save it in "
-                            "UTF-8, as a table with file_name and text.") from error
+            raise UserError(f"{path!r} can't be read from row {number + 1} on: {error}. Mend that, "
+                            "or save it anew.") from error
 
 
 def read_table(path: str, skipped: list[Skipped]) -> list[Pair]:
@@ -398,10 +400,11 @@ def read_table(path: str, skipped: list[Skipped]) -> list[Pair]:
                   if None in row else
                   "there is no such file" if not pair.picture else
                   "the caption is empty, or no text" if not pair.caption else
-                  "the caption is no valid Unicode" if re.search(r"[\ud800-\udfff]", text) else
+                  "the caption is not in UTF-8; save the table so, README says how"
+                  if re.search(r"[\ud800-\udfff]", text) else
                   "an earlier row is the same; they count once" if pair in pairs else "")
         if reason:
-            skipped.append((f"{path}, row {number}: {name}", reason))
+            skipped.append((f"{path}, row {number}: {printable(name)}", reason))
         else:
             pairs[pair] = None  # a dict, for its order
         named.add(name)
@@ -420,12 +423,13 @@ def find_pairs(folder: str, named: int = NAMED) -> tuple[list[Pair], list[Skippe
                         "place. Move the other out of it.")
     pairs = (read_table(os.path.join(folder, *found), skipped) if found[0] in TABLES
              else read_names(folder, found == [""], skipped))
-    skipped = sorted((path, "a table is read in the folder itself alone: move it there"
+    skipped = sorted((path, "a table is read in the folder itself alone: name this one for it"
                       if os.path.basename(path) in TABLES else reason) for path, reason in skipped)
     if not pairs:
         print_skipped(skipped, named)
         near = [f"{other!r}: rename it to {name!r}" for name in ("caption", "Image")
-                for other in there if other != name and other.lower().rstrip("s") == name.lower()]
+                for other in there if found[0] not in TABLES
+                and other != name and other.lower().rstrip("s") == name.lower()]
         names = ", ".join(near or map(repr, there[:NAMED])) or "nothing"
         raise UserError(f"no picture in {folder!r} has a caption. There is {names}. Captions are "
                         "read from caption/<name>.txt for the pictures in Image/<name>/, or from "
@@ -480,7 +484,7 @@ def read_picture(path: str, side: int) -> Image.Image:
     return upright.convert("RGB")
 
 
-def decode(paths: list[str], image_processor: Any) -> tuple[dict[str, np.ndarray], list[Skipped]]:
+def decode(paths: list[str], image_processor: Any) -> tuple[dict[str, Any], list[Skipped]]:
     """Pixel values, (3, height, width), or None without a processor; and what can't be read."""
     pixels, skipped, side = {}, [], image_processor.size["height"] if image_processor else 224
     for path in paths:
@@ -822,6 +826,7 @@ class ImageCaptioningDataset:
         limit, stop = captioner.limit, captioner.stop
         self.learned = {caption: [*some[:limit], stop] for caption, some in ids.items()}
         self.cut = sum(len(some) > limit for some in ids.values())
+        self.unknown = sum(captioner.tokenizer.unk_token_id in some for some in ids.values())
         self.tokens = [len(self.learned[pair.caption]) for pair in pairs]  # learned ones
 
     def __len__(self) -> int:
@@ -879,6 +884,8 @@ def build_datasets(settings: argparse.Namespace, captioner: Captioner, data: Dat
     print(f"pairs: {len(pairs)} to train on, {len(validation)} held out")
     if cut := training.cut + held_out.cut:
         print(f"cut: {cut} captions, at MAX_CAPTION_TOKENS = {captioner.limit} tokens")
+    if unknown := training.unknown + held_out.unknown:
+        print(f"unknown: {unknown} captions have letters that this language model does not know")
     (features, learned), text = training[0], captioner.tokenizer.decode
     row = f"<image> x {len(features)} | {text(captioner.prefix)} | [{text(learned[:-1])} | "
     print(f"row: {printable(row)}{text(learned[-1:])!r}]  ([...] is learned)")
@@ -1147,7 +1154,7 @@ def train(settings: argparse.Namespace, learner: Learner, datasets: Datasets, no
                 most = min(now.micro_batch, math.ceil(len(pairs) / state.num_processes))
                 now.micro_batch = math.ceil(most / 2)
                 torch.cuda.empty_cache()
-                tqdm.write(f"out of memory: {now.micro_batch} pairs at a time, same result")
+                tqdm.write(f"out of memory: {now.micro_batch} pairs at a time from now on")
             loss = sum(losses) / tokens
             learnable = math.isfinite(norm) or learner.scaler.get_scale() > 1
             if not (math.isfinite(loss) and learnable):
@@ -1213,14 +1220,16 @@ def summarize(rows: list[Captioned], datasets: Datasets, now: Progress) -> dict[
         dict.fromkeys(("before", "after")))
     alike, alike_references = (max(Counter(texts).values(), default=0) for texts in (
         [row.after for row in rows], [row.references[0] for row in rows]))
+    unchanged = bool(rows) and after["exact"] < 1 and all(row.after == row.before for row in rows)
     remarks = {
         "nothing is held out, so that nothing can be measured": not rows,
         "CIDEr-D is '-': it needs two held-out pictures or more, with captions that differ":
             bool(rows) and after["cider_d"] is None,
         "the held-out loss is not below that before training: lower LEARNING_RATE, or add pictures":
             bool(rows) and not loss["after"] < loss["before"],
+        "no held-out caption has changed: raise EPOCHS or LEARNING_RATE": unchanged,
         "nearly all held-out captions are alike: lower LEARNING_RATE, and look at held_out.csv":
-            alike >= 0.9 * len(rows) > alike_references}
+            alike >= 0.9 * len(rows) > alike_references and not unchanged}
     return {"training_pairs": len(datasets.training), "held_out_pairs": len(datasets.held_out),
             "captioned": len(rows), "steps": now.step, "best_step": now.best_step,
             "seconds": round(now.metrics[-1]["seconds"], 1), "held_out_loss": loss, **measures,
@@ -1277,7 +1286,7 @@ def draw_report(folder: Path, record: dict[str, Any]) -> None:
             wrapped = textwrap.wrap(text, 24 if wide else 48, max_lines=3, placeholder=" ...")
             words.text(0, height, "\n".join(wrapped), color=color, family=FONTS, va="top",
                        parse_math=False, transform=words.transAxes, in_layout=False, clip_on=True)
-            height -= 0.1 * len(wrapped) + 0.03
+            height -= 0.105 * len(wrapped) + 0.03
     with io.BytesIO() as drawn, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a line for every letter that no font has
         figure.savefig(drawn, format="png")
@@ -1447,6 +1456,11 @@ class Run:
         known = {name: value for name, value in row.items() if value == value}  # no NaN
         self.accelerator.log(known, step=row["step"])
 
+    def close_trackers(self) -> None:
+        """They hold files in this folder."""
+        while self.accelerator.trackers:
+            self.accelerator.trackers.pop().finish()
+
     def save(self, now: Progress, learner: Learner) -> None:
         """First, if it is the best so far, the adapter; then what the run continues from."""
         if not self.accelerator.is_main_process:
@@ -1509,8 +1523,7 @@ def finish(run: Run, learner: Learner, datasets: Datasets, now: Progress,
     # All is on the disk: what the run continues from can go.
     write_whole(folder / "settings.json", (json.dumps(record, indent=2) + "\n").encode())
     (folder / "checkpoint.pt").unlink(missing_ok=True)
-    run.accelerator.end_training()  # its trackers hold files in this folder
-    run.accelerator.trackers = []
+    run.close_trackers()
     run.put_in_place()
     print_summary(record, rows, pairs)
     print(f"adapter:         {printable(str(run.output))}")
@@ -1524,8 +1537,7 @@ def print_summary(record: dict, rows: list[Captioned], pairs: list[list[tuple]])
               f"  before:    {printable(row.before)}\n  after:     {printable(row.after)}")
     print("highest losses, perhaps wrong captions (pairs.csv has all):")
     for split, loss, _, picture, caption in itertools.chain(*(some[:3] for some in pairs)):
-        print(f"  {loss:.3f} {split}, {printable(picture)}: "
-              f"{textwrap.shorten(printable(caption), 60)}")
+        print(f"  {loss:.3f} {split}, {printable(picture)}: {printable(caption)[:60]}")
     for name, value in describe_results(record["results"]).items():
         print(f"{name + ':':<17}{value}")
     for remark in record["results"]["remarks"]:
@@ -1541,7 +1553,10 @@ def fine_tune(settings: argparse.Namespace, data: Data) -> int:
               "data": fingerprint(settings, data)}
     run = Run(output, Path(f"{output}.unfinished"), record, accelerator)
     with contextlib.ExitStack() as stack:
-        stack.callback(accelerator.end_training)
+        # Not after an error: it would wait for the others, and they for this process.
+        stack.push(lambda kind, *_: None if kind and issubclass(kind, Exception)
+                   else accelerator.end_training())
+        stack.callback(run.close_trackers)
         if accelerator.is_main_process:
             output.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(f"{output}.lock", timeout=0))
@@ -1682,8 +1697,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_command(parse_arguments(argv))
     except KeyboardInterrupt as interrupt:
-        print(f"{who}stopped; a training continues by the same command, without --restart",
-              file=errors)
+        print(f"{who}stopped; a training continues by the same command, without --restart if its "
+              "steps had begun", file=errors)
         return 128 + (interrupt.args or (signal.SIGINT,))[0]
     except UserError as error:
         print(f"{who}error: {error}", file=errors)

@@ -332,6 +332,29 @@ def test_a_table(check, tmp_path, name, bom):
     assert_reasons(reasons, {f"row {i}": why for i, (_, _, why) in enumerate(skipped, 7)})
 
 
+def test_names_of_a_table_can_be_written_to_another(tmp_path):
+    """Half a letter, too, which no file of Linux has in its name."""
+    write(tmp_path / "metadata.jsonl", rb'{"file_name": "b\ud83d.jpg", "text": "a cat"}' b"\n"
+          b'{"file_name": "1.png", "text": "a cat"}')
+    write(tmp_path / "1.png")
+    _, skipped = finetune.find_pairs(str(tmp_path))
+    finetune.write_csv(tmp_path / "skipped.csv", skipped)
+    assert 'b\\ud83d.jpg",there is no such file' in (tmp_path / "skipped.csv").read_text()
+
+
+def test_letters_that_the_model_does_not_know_are_counted(command, t5_base, small_data, tmp_path):
+    """As in Flan-T5, whose tokenizer has no bytes to fall back to."""
+    base = shutil.copytree(t5_base, tmp_path / "base")
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    tokenizer["model"]["unk_token"] = "<unk>"
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for number, path in enumerate(sorted(small_data.glob("caption/*.txt"))):
+        path.write_text("a \u6f22 cat" if number < 2 else f"cat {number}", encoding="utf-8")
+    code, out, err = command(TRAIN_DIR=small_data, MODEL_ID=base, EPOCHS=1)
+    assert (code, err) == (0, "") and "unknown: 2 captions" in out
+
+
 @pytest.mark.parametrize("name, content, words", [
     ("metadata.csv", b"image,caption\n1.png,a red, star\n",
      "'image', 'caption'(?!, None).*file_name and text.*rename"),
@@ -347,7 +370,7 @@ def test_a_table(check, tmp_path, name, bom):
     ("metadata.csv", b"file_name,text\n1.png,a red, star\n",  # which must not be cut
      "row 1: 1.png: .*put quotes around a caption with commas\n(.|\n)*no picture in"),
     ("metadata.jsonl", rb'{"file_name": "1.png", "text": "half a letter, \ud83d"}',
-     "row 1: 1.png: the caption is no valid Unicode\n(.|\n)*no picture in"),
+     "row 1: 1.png: the caption is not in UTF-8; .*\n(.|\n)*no picture in"),
     ("caption/1.txt", b"a cat", "metadata.csv and caption in .*Move the other out"),
     ("metadata.jsonl", b"{}", "metadata.csv and metadata.jsonl in .*Move the other out")])
 def test_a_table_that_cannot_be_used(command, tmp_path, name, content, words):

@@ -232,5 +232,6 @@ def test_a_signal_ends_the_pass(command, sample, watched, monkeypatch):
     monkeypatch.setattr(finetune, "read_picture", interrupted)
     code, _, err = command("--check", TRAIN_DIR=sample, NUM_WORKERS=1)
     assert code == 128 + signal.SIGTERM and "Traceback" not in err
-    assert err.endswith("stopped; a training continues by the same command, without --restart\n")
+    assert err.endswith("stopped; a training continues by the same command, without --restart "
+                        "if its steps had begun\n")
     assert len(watched) <= 48 and threading.active_count() == threads  # of 208; a batch waited

@@ -224,8 +224,8 @@ def test_a_signal_keeps_what_is_done(there, event, signals, code, step, request)
     runs = request.getfixturevalue(there)
     ended = runs.at(event, lambda: [send(number)() for number in signals], CHECKPOINT_MINUTES=0)
     assert ended.code == code and "Traceback" not in ended.err, ended
-    assert ended.err.endswith("stopped; a training continues by the same command, "
-                              "without --restart\n") == (code > 0)
+    assert ended.err.endswith("stopped; a training continues by the same command, without "
+                              "--restart if its steps had begun\n") == (code > 0)
     assert step_of(runs.folder) == step and not runs.out.exists()
     ended = runs.finishes(CHECKPOINT_MINUTES=0)
     assert ("8 to encode, 16 known" if there == "new" else "0 to encode") in ended.out
