@@ -391,7 +391,8 @@ def read_table(path: str, skipped: list[Skipped]) -> list[Pair]:
                 f"{path!r} has the columns {[name for name in row if name]}, and needs file_name "
                 "and text: rename those of paths and captions, and separate all by commas.")
         name = str(row.get("file_name") or "").replace("\\", "/")
-        name = relative(os.path.join(folder, name), folder)
+        if name not in files:  # it may be ./a.jpg, absolute, or lead elsewhere
+            name = relative(os.path.join(folder, name), folder)
         text = row[column] if isinstance(row.get(column), str) else ""
         pair = Pair(files.get(name, ""), " ".join(text.split()))
         reason = ("file_name leads out of the folder; copy the picture into it"
