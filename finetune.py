@@ -2,48 +2,58 @@
 
 What goes in: pictures and their captions, in one of three layouts.
 
-    train/caption/<name>.txt and      one caption, and the pictures that it is for, in any depth
-    train/Image/<name>/...            (or Image/<name>.<ending>, one picture)
+    train/caption/<name>.txt and      one caption, and the pictures that it is for, at any depth
+    train/Image/<name>/...            (or Image/<name>.<extension>, one picture)
     train/metadata.csv or .jsonl      a table with columns file_name and text, a row for each pair
-    train/<name>.txt and .<ending>    a caption of its own beside each picture, in any depth
+    train/<name>.txt and <name>.jpg   a caption of its own next to each picture, at any depth
 
 What comes out: blip2_lora_finetuned/ with the adapter, the processor, a model card (README.md),
-report.png, held_out.csv, pairs.csv, metrics.csv, skipped.csv and settings.json. Until it is
-finished, a run is in blip2_lora_finetuned.unfinished/, with checkpoint.pt to continue from.
+report.html to look at, losses.png, held_out.csv, pairs.csv, metrics.csv, skipped.csv and
+settings.json. Until it is finished, a run is in blip2_lora_finetuned.unfinished/, with
+checkpoint.pt to continue from.
 
     python finetune.py                       train with the settings below, which are also flags;
-                                             again after any interruption: it continues
-    python finetune.py --restart             train from the start, whatever there is
+                                             after an interruption, the same command continues
+    python finetune.py --restart             train from scratch, even if a run could continue
     python finetune.py --check               read settings, captions and pictures; write nothing
     python finetune.py --caption PATH ...    caption pictures or folders with the trained adapter
+        --page FILE                          and show them on a page, the least sure first
+        --write-txt                          and write <name>.txt next to each that has none
 """
 
 import argparse
+import base64
 import contextlib
 import csv
 import dataclasses
+import errno
 import functools
+import glob
 import hashlib
+import html
 import io
 import itertools
 import json
 import logging
 import math
+import mimetypes
 import os
 import re
 import shutil
 import signal
+import string
 import sys
-import textwrap
+import threading
 import time
 import unicodedata
+import urllib.parse
 import uuid
 import warnings
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,29 +63,27 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, reduce
-from filelock import FileLock
-from huggingface_hub import ModelCard, ModelCardData
-from PIL import Image, ImageOps, UnidentifiedImageError
+from accelerate.utils import LoggerType, broadcast_object_list, gather_object, reduce
+from filelock import FileLock, Timeout
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
-from transformers import Blip2ForConditionalGeneration, Blip2Processor
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
 
-# Some talk at import, some on every try without network; what matters about a picture raises.
-for talkative in ("bitsandbytes", "huggingface_hub", "PIL", "matplotlib"):
-    logging.getLogger(talkative).setLevel(logging.CRITICAL)
+# They log warnings when they are imported, or when there is no network.
+for name in ("bitsandbytes", "huggingface_hub", "PIL", "matplotlib"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-
-csv.field_size_limit(2**31 - 1)  # of a caption, too
 
 # ==== Settings: edit these, or give them as flags (BATCH_SIZE is --batch-size) ====
 # files
 TRAIN_DIR: str = "train"  # folder of pictures and captions, in one of the layouts above
 VALIDATION_DIR: str = ""  # pictures to measure on, in any layout; "": hold out a part of TRAIN_DIR
-OUTPUT_DIR: str = "blip2_lora_finetuned"  # what the run leaves; an earlier one is moved aside then
+OUTPUT_DIR: str = "blip2_lora_finetuned"  # what the run leaves; an earlier run there is renamed
 # model
-MODEL_ID: str = "Salesforce/blip2-opt-2.7b"  # Hub id or folder of a BLIP-2 with OPT or Flan-T5
+MODEL_ID: str = "Salesforce/blip2-opt-2.7b"  # Hub name or folder of a BLIP-2 with OPT or Flan-T5
+START_FROM: str = ""  # folder of a finished run, whose adapter is trained on; "": a new adapter
 DEVICE: str = "auto"  # auto, cuda, cuda:1, cpu
 DTYPE: str = "auto"  # of all that is not in 4 bits: auto, bfloat16, float16, float32
 LOAD_IN_4BIT: bool = True  # language model in NF4, for less memory; False: faster where it fits
@@ -83,72 +91,133 @@ LOAD_IN_4BIT: bool = True  # language model in NF4, for less memory; False: fast
 LORA_RANK: int = 16  # size of the adapter: a larger one can learn more
 LORA_ALPHA: float = 32.0  # the adapter's outputs are scaled by LORA_ALPHA / LORA_RANK
 LORA_DROPOUT: float = 0.05  # share of the adapter's inputs dropped in training; 0: off
-LORA_TARGETS: str = "attention"  # attention, all-linear, or a regular expression for module names
+LORA_TARGETS: str = "attention"  # or all-linear, qformer, qformer+attention, ...: see README
 # captions
 PROMPT: str = ""  # text before every caption, given and not learned; "": none
 MAX_CAPTION_TOKENS: int = 64  # longer captions are cut, and counted
-NUM_BEAMS: int = 1  # of the search for a caption; 1: greedy, the fastest
+NUM_BEAMS: int = 1  # of the beam search for a caption; 1: greedy, the fastest
 # training
 EPOCHS: int = 10  # passes over the training pairs
-BATCH_SIZE: int = 16  # pairs behind one optimizer step; what memory can't hold at once is split
-LEARNING_RATE: float = 2e-4  # the highest; it rises to it and falls to 0 along a cosine
+BATCH_SIZE: int = 16  # pairs in one optimizer step; what does not fit into memory is split
+LEARNING_RATE: float = 2e-4  # the peak: rises during warm-up, then falls to 0 along a cosine
 WARMUP_FRACTION: float = 0.05  # share of the steps in which the learning rate rises; 0: off
 WEIGHT_DECAY: float = 0.01  # AdamW's weight decay; 0: off
 MAX_GRAD_NORM: float = 1.0  # longer gradients are scaled down to this norm; 0: off
-SEED: int = 42  # decides what is held out, the order of the pairs, first weights and dropout
+SEED: int = 42  # decides the held-out pictures, the order of the pairs, initial weights, dropout
 NUM_WORKERS: int = 4  # threads that read pictures
 # watching
 VALIDATION_FRACTION: float = 0.1  # share of the pictures held out to measure on; 0: train on all
-SAMPLE_COUNT: int = 6  # held-out captions printed, and drawn (12 at most); 0: none
-CHECKPOINT_MINUTES: float = 10.0  # between checkpoints, beside those at epochs' ends; 0: only those
+SAMPLE_COUNT: int = 6  # held-out captions printed at the end; 0: none
+CHECKPOINT_MINUTES: float = 10.0  # minutes between extra checkpoints; 0: only after each epoch
 LOG_WITH: str = ""  # a tracker that accelerate knows: tensorboard, wandb, mlflow, ...; "": none
 # ==== End of settings ====
 
-SETTINGS = sys.modules[__name__].__annotations__  # name: type
-HARMLESS = "OUTPUT_DIR DEVICE NUM_WORKERS CHECKPOINT_MINUTES SAMPLE_COUNT LOG_WITH".split()
-FOR_CAPTION = "OUTPUT_DIR DEVICE NUM_WORKERS NUM_BEAMS".split()  # all else is as in the training
+# Name and type of each setting: of all annotated constants above, and of none below.
+SETTINGS: dict[str, type] = dict(sys.modules[__name__].__annotations__)
+SETTINGS.pop("SETTINGS", None)
+CHANGEABLE = (  # settings that may be changed while a run is unfinished
+    "OUTPUT_DIR",
+    "DEVICE",
+    "NUM_WORKERS",
+    "CHECKPOINT_MINUTES",
+    "SAMPLE_COUNT",
+    "LOG_WITH",
+)
+FOR_CAPTION = ("OUTPUT_DIR", "DEVICE", "NUM_WORKERS", "NUM_BEAMS")  # settings of --caption
+
 LORA_PATTERNS = {
-    "attention": r"language_model\..*(self_attn|SelfAttention|EncDecAttention)"
-    r"\.(q_proj|k_proj|v_proj|out_proj|q|k|v|o)",
+    "attention": (
+        r"language_model\..*(self_attn|SelfAttention|EncDecAttention)"
+        r"\.(q_proj|k_proj|v_proj|out_proj|q|k|v|o)"
+    ),
     "all-linear": r"language_model\..*\.([qkv]_proj|out_proj|fc[12]|q|k|v|o|wi|wi_[01]|wo)",
+    "qformer": r"qformer\..*\.(query|key|value|dense)|language_projection",
 }
-NF4 = {  # the defaults of bitsandbytes are fp4, and arithmetic in float32
-    "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+for name in ("attention", "all-linear"):
+    LORA_PATTERNS[f"qformer+{name}"] = f"{LORA_PATTERNS['qformer']}|{LORA_PATTERNS[name]}"
+NF4 = {  # bitsandbytes' own default is FP4
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
     "llm_int8_skip_modules": ["lm_head", "language_projection", "qformer", "vision_model"],
 }
-PICTURE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]
-DECODING = 1  # raised when read_picture returns something else, so that features are made anew
-CAPTION_BYTES = 1_000_000  # a larger file is no caption
+
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+DECODER_VERSION = 2  # raise it when read_picture returns something else: features are made again
+MAX_PIXELS = 500_000_000  # a larger picture is not read
+LARGE_PIXELS = 50_000_000  # larger ones are read one at a time, and reduced: memory is bounded
+MAX_PNG_TEXT = 256_000_000  # bytes of text in a PNG, such as a workflow
+ONE_COLOUR_RANGE = 16  # of 256 levels: a picture with fewer looks like one colour
+MAX_CAPTION_BYTES = 1_000_000  # a larger file is not a caption
 INFERENCE_BATCH = 16  # pictures encoded, measured or captioned at a time
-GENERATED = 256  # held-out pictures captioned before and after, at most; all of VALIDATION_DIR
-NAMED = 10  # problems named on the screen; skipped.csv has all of them
-CPU_PARAMETERS = 500_000_000  # a larger model runs on the CPU only when told to
-TINY_PARAMETERS = 20_000_000  # below, one CPU thread: several wait for each other, not for work
+MAX_CAPTIONED = 256  # pictures of TRAIN_DIR captioned before and after; of VALIDATION_DIR all are
+MAX_PICTURES_SHOWN = 300  # on a page
+MAX_PAIRS_SHOWN = 60  # of them, training pairs with the highest losses
+MAX_NAMED = 10  # problems named on the screen; skipped.csv has all of them
+MAX_CPU_PARAMETERS = 500_000_000  # a larger model runs on the CPU only when told to
+TINY_PARAMETERS = 20_000_000  # a smaller model is faster with one CPU thread, up to 20 times
 FEW_STEPS = 100  # with fewer optimizer steps hardly anything is learned
-METRICS = ("step epoch learning_rate train_loss held_out_loss grad_norm pairs_per_second "
-           "seconds").split()
-FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "PingFang SC",
-         "Noto Sans Devanagari", "Segoe UI Emoji", "Noto Emoji"]  # the first that has the letter
+FEW_QFORMER_PICTURES = 1500  # with fewer a Q-Former learns little
+FEW_QFORMER_STEPS = 1000
+
+METRICS = (
+    "step",
+    "epoch",
+    "learning_rate",
+    "train_loss",
+    "held_out_loss",
+    "grad_norm",
+    "pairs_per_second",
+    "seconds",
+)
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "pillow")
-TABLES = ("metadata.csv", "metadata.jsonl")
-LAYOUTS = {name: name for name in TABLES} | {  # by what is there
-    "caption": "caption/ and Image/", "": "<name>.txt beside each picture"}
-NOT_SHARED = ("the processes see other files, or have other settings. Start all by one command, "
-              "with TRAIN_DIR and OUTPUT_DIR on a file system that all machines share.")
-# Whoever says it: an allocator, cuBLAS, the CUDA runtime or its driver.
-OUT_OF_MEMORY = r"out of memory|can't allocate memory|CUBLAS_STATUS_(ALLOC_FAIL|NOT_INITIALIZ)ED"
-REMEDIES = {  # of errors that are not ours, by their kinds and what they say
-    "file lock": "Another run works on this OUTPUT_DIR: stop it, or name another one. Only if none "
-    "does (it was killed on another machine), delete that file.",
-    OUT_OF_MEMORY: "Lower MAX_CAPTION_TOKENS, LORA_RANK or NUM_BEAMS, set LOAD_IN_4BIT, or free "
-    "memory.",
-    r"OSError|os error \d": "Mend that, and run the same command again.",
-    "DistError|gloo": "Another process has ended: see what it says.",
-}
+
+NOT_SHARED = (
+    "the processes do not see the same files or settings. Start them all with one command, "
+    "with TRAIN_DIR and OUTPUT_DIR on a file system that all machines share."
+)
+
+csv.field_size_limit(2**31 - 1)  # by default a cell above 128 kB is an error
+Image.MAX_IMAGE_PIXELS = None  # Pillow calls large pictures an attack; read_picture has a limit
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_PNG_TEXT
+PngImagePlugin.MAX_TEXT_MEMORY = MAX_PNG_TEXT
 
 
 class UserError(Exception):
-    """What only the user can mend: a sentence that says what is wrong, where, and what to do."""
+    """What only the user can fix: a sentence that says what is wrong, where, and what to do."""
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM, heeded by all processes between two steps, when all is saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, cuBLAS, the CUDA runtime or its driver says so."""
+    phrases = (
+        "out of memory",
+        "can't allocate memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUBLAS_STATUS_NOT_INITIALIZED",
+    )
+    if isinstance(error, RuntimeError):
+        return any(phrase in str(error) for phrase in phrases)
+    return isinstance(error, MemoryError)
+
+
+def describe_error(error: BaseException) -> str:
+    """What went wrong, without number and path: those stand next to it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def count_of(count: int, one: str, many: str) -> str:
+    """ "1 picture", "2 pictures"."""
+    return f"{count} {one if count == 1 else many}"
 
 
 def spread(items: Sequence, count: int) -> list:
@@ -157,46 +226,65 @@ def spread(items: Sequence, count: int) -> list:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+# What several processes share. Each of them runs all of this script, on a GPU of its own, with the
+# same settings, files and seeds. Work is divided by `share` where it is long: pictures to encode,
+# to measure and to caption, and the pairs of a step. What comes of it is put together by accelerate
+# (`reduce` for tensors, `gather_object` for the rest), so that all processes know the same and go
+# the same way. Only the first one, the main process, prints and writes, but for features.
+
+
 def share(items: Sequence) -> Sequence:
-    """The part of a list that falls to this process."""
+    """This process's part of a list."""
     state = PartialState()
     return items[state.process_index :: state.num_processes]
 
 
 def printable(text: str) -> str:
     """`text` on one line of a terminal: what breaks lines or moves the cursor is escaped."""
-    return re.sub(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
-                  lambda found: ascii(found[0])[1:-1], text)
+    return re.sub(
+        r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
+        lambda found: ascii(found[0])[1:-1],
+        text,
+    )
 
 
 def relative(path: str, root: str) -> str:
-    """The path below `root`, in NFC: the same on every system, wherever `root` is moved to."""
-    with contextlib.suppress(ValueError):  # on another drive of Windows
+    """The path below `root`, in NFC: the same on every system, also if `root` is moved."""
+    with contextlib.suppress(ValueError):  # Windows: it is on another drive
         path = os.path.relpath(path, root)
     return unicodedata.normalize("NFC", path.replace(os.sep, "/"))
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """A file that is whole, old or new, whoever is killed: written aside, flushed, renamed."""
-    aside = path.with_name(f"{path.name}.part")
+    """Leaves the old file or the new one, never a part of it.
+
+    The content goes to a temporary file next to it, is flushed to the disk, and is renamed.
+    """
+    temporary = path.with_name(f"{path.name}.part")
     try:
-        with open(aside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
-    """A table, its header first. NaN is an empty cell."""
+    """A table, its header first. NaN becomes an empty cell."""
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows(["" if cell != cell else cell for cell in row] for row in rows)
+        writer = csv.writer(file)
+        for row in rows:
+            cells = []
+            for cell in row:
+                is_nan = isinstance(cell, float) and math.isnan(cell)
+                cells.append("" if is_nan else cell)
+            writer.writerow(cells)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of such a table, by its header."""
+    """The rows of a table that write_csv wrote, each by the names in the header."""
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
@@ -204,92 +292,233 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 # ---- Settings -----------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The settings under their own names, overridden by flags; `check`, `restart` and `caption`."""
+def default_settings() -> dict[str, Any]:
+    """The constants at the top of this file."""
+    return {name: globals().get(name) for name in SETTINGS}
+
+
+def flag_of(name: str) -> str:
+    """--batch-size for BATCH_SIZE."""
+    return "--" + name.lower().replace("_", "-")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Three commands, and a flag for each setting, whose help is the comment after it."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        usage="%(prog)s [--check | --restart | --caption PATH ...] [--setting value ...]")
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # only what is given is returned
+        allow_abbrev=False,
+        usage="%(prog)s [--check | --restart | --caption PATH ...] [--setting value ...]",
+    )
     parser.add_argument("--check", action="store_true", help="read everything; write nothing")
-    parser.add_argument("--restart", action="store_true", help="train from the start")
+    parser.add_argument("--restart", action="store_true", help="train from scratch")
     parser.add_argument("--caption", nargs="+", metavar="PATH", help="pictures or folders")
+    parser.add_argument("--page", metavar="FILE", help="with --caption: a page that shows them")
+    parser.add_argument(
+        "--write-txt", action="store_true", help="with --caption: <name>.txt next to each picture"
+    )
+
     source = Path(__file__).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^([A-Z0-9_]+): .*?  # (.*)$", source, re.M))
-    defaults = {name: globals().get(name) for name in SETTINGS}
+    defaults = default_settings()
     for name, kind in SETTINGS.items():
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
-            "type": kind, "metavar": kind.__name__.upper()}
-        text = f"{comments.get(name, '')} (now {defaults[name]!r})".replace("%", "%%")
-        parser.add_argument("--" + name.lower().replace("_", "-"), dest=name, help=text, **how)
+        help_text = f"{comments.get(name, '')} (now {defaults[name]!r})".replace("%", "%%")
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        else:
+            options = {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument(flag_of(name), dest=name, help=help_text, **options)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The settings under their own names, overridden by flags; `check`, `restart` and `caption`.
+
+    Paths and prompt have one form, so that the same run is recognized.
+    """
+    parser = build_parser()
     given = vars(parser.parse_args(argv))
-    ignored = ["--" + name.lower().replace("_", "-") for name in given
-               if name not in ("caption", *FOR_CAPTION)]
-    if "caption" in given and ignored:
-        parser.error(f"with --caption all but {', '.join(FOR_CAPTION)} is as in the training; "
-                     f"leave out {' '.join(ignored)}")
-    return argparse.Namespace(**{"check": 0, "restart": 0, "caption": []} | defaults | given)
+    if "caption" in given:
+        usable = ("caption", "page", "write_txt", *FOR_CAPTION)
+        ignored = [flag_of(name) for name in given if name not in usable]
+        if ignored:
+            parser.error(
+                "--caption uses the settings of the training; only "
+                f"{', '.join(FOR_CAPTION)} can be changed: leave out {' '.join(ignored)}"
+            )
+    elif "page" in given or "write_txt" in given:
+        parser.error("--page and --write-txt are for --caption PATH ...")
+    commands = {"check": False, "restart": False, "caption": [], "page": "", "write_txt": False}
+    settings = argparse.Namespace(**(commands | default_settings() | given))
+    normalize_settings(settings)
+    return settings
+
+
+def normalize_settings(settings: argparse.Namespace) -> None:
+    """Changes `settings`: "out/" becomes "out", "~" the home folder; wrong types stay."""
+    for name in ("TRAIN_DIR", "VALIDATION_DIR", "OUTPUT_DIR", "START_FROM"):
+        value = getattr(settings, name)
+        if value and isinstance(value, str):
+            setattr(settings, name, os.path.normpath(os.path.expanduser(value)))
+
+    model_id = settings.MODEL_ID
+    if isinstance(model_id, str):
+        model_id = os.path.expanduser(model_id)
+        if os.path.isdir(model_id):  # the adapter names it, and is used from elsewhere
+            model_id = os.path.abspath(model_id)
+        settings.MODEL_ID = model_id
+    if isinstance(settings.PROMPT, str):  # a space at its end changes how the caption is tokenized
+        settings.PROMPT = " ".join(settings.PROMPT.split())
+
+
+class Rule(NamedTuple):
+    """What a setting must be besides being of its type."""
+
+    words: str
+    test: Callable[[Any], bool]
+
+
+def is_pattern(value: str) -> bool:
+    """Whether it is a regular expression."""
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+def list_rules() -> dict[str, Rule]:
+    """The rule of each setting."""
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    trackers = ["", *sorted(str(tracker) for tracker in LoggerType if tracker != "all")]
+    any_text = Rule("text", lambda value: True)
+    not_empty = Rule("text, not empty", lambda value: value != "")
+    positive = Rule("more than 0", lambda value: 0 < value < math.inf)
+    not_negative = Rule("0 or more", lambda value: 0 <= value < math.inf)
+    fraction = Rule("from 0 to below 1", lambda value: 0 <= value < 1)
+    up_to_1000 = Rule("from 1 to 1000", lambda value: 1 <= value <= 1000)
+    return {
+        "TRAIN_DIR": not_empty,
+        "VALIDATION_DIR": any_text,
+        "OUTPUT_DIR": not_empty,
+        "MODEL_ID": not_empty,
+        "START_FROM": any_text,
+        "DEVICE": Rule(
+            "auto, cpu, cuda or one GPU such as cuda:1",
+            lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None,
+        ),
+        "DTYPE": Rule("auto, bfloat16, float16 or float32", lambda value: value in dtypes),
+        "LOAD_IN_4BIT": Rule("True or False", lambda value: True),
+        "LORA_RANK": positive,
+        "LORA_ALPHA": positive,
+        "LORA_DROPOUT": fraction,
+        "LORA_TARGETS": Rule(f"{', '.join(LORA_PATTERNS)} or a regular expression", is_pattern),
+        "PROMPT": any_text,
+        "MAX_CAPTION_TOKENS": up_to_1000,
+        "NUM_BEAMS": up_to_1000,
+        "EPOCHS": positive,
+        "BATCH_SIZE": positive,
+        "LEARNING_RATE": positive,
+        "WARMUP_FRACTION": fraction,
+        "WEIGHT_DECAY": not_negative,
+        "MAX_GRAD_NORM": not_negative,
+        "SEED": Rule("from 0 to 4294967295", lambda value: 0 <= value < 2**32),
+        "NUM_WORKERS": up_to_1000,
+        "VALIDATION_FRACTION": fraction,
+        "SAMPLE_COUNT": not_negative,
+        "CHECKPOINT_MINUTES": not_negative,
+        "LOG_WITH": Rule(f"one of {trackers}", lambda value: value in trackers),
+    }
+
+
+def is_valid(value: Any, kind: type, rule: Rule) -> bool:
+    """Whether a setting is of its type, and passes the test of its rule."""
+    kinds = (float, int) if kind is float else (kind,)
+    if type(value) not in kinds:  # not isinstance, for which a bool is an int
+        return False
+    return rule.test(value)
 
 
 def check_settings(settings: argparse.Namespace) -> None:
-    """Raises one UserError with every problem; gives paths and prompt one form."""
-    trackers = ["", *sorted(map(str, get_available_trackers()))]
-    rules = {  # what settings must be beside of their type, in words and as a test
-        "LORA_RANK LORA_ALPHA EPOCHS BATCH_SIZE LEARNING_RATE":
-            ("more than 0", lambda value: 0 < value < math.inf),
-        "WEIGHT_DECAY MAX_GRAD_NORM SAMPLE_COUNT CHECKPOINT_MINUTES":
-            ("0 or more", lambda value: 0 <= value < math.inf),
-        "LORA_DROPOUT WARMUP_FRACTION VALIDATION_FRACTION":
-            ("from 0 to below 1", lambda value: 0 <= value < 1),
-        "MAX_CAPTION_TOKENS NUM_BEAMS NUM_WORKERS":
-            ("from 1 to 1000", lambda value: 1 <= value <= 1000),
-        "SEED": ("from 0 to 4294967295", lambda value: 0 <= value < 2**32),
-        "TRAIN_DIR OUTPUT_DIR MODEL_ID": ("text, not empty", bool),
-        "VALIDATION_DIR PROMPT": ("text", lambda value: True),
-        "LOAD_IN_4BIT": ("True or False", lambda value: True),
-        "LORA_TARGETS": ("attention, all-linear or a regular expression", re.compile),
-        "DEVICE": ("auto, cpu, cuda or one GPU such as cuda:1",
-                   re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch),
-        "DTYPE": ("auto, bfloat16, float16 or float32",
-                  "auto bfloat16 float16 float32".split().__contains__),
-        "LOG_WITH": (f"a tracker whose package is installed: {trackers}", trackers.__contains__),
-    }  # fmt: skip
-    rules = {name: rule for names, rule in rules.items() for name in names.split()}
-    problems = [f"{name} is missing, misspelled or no setting: each is a line, 'EPOCHS: int = 10'"
-                for name in sorted(rules.keys() ^ SETTINGS.keys())]
-    for name in (name for name in SETTINGS if name in rules):
-        kind, (words, test), fits = SETTINGS[name], rules[name], False
+    """Raises one UserError that names every problem."""
+    rules = list_rules()
+    problems = []
+    for name in sorted(rules.keys() ^ SETTINGS.keys()):
+        problems.append(
+            f"{name} is missing, misspelled or not a setting: each is a line like "
+            "'EPOCHS: int = 10'."
+        )
+    for name, kind in SETTINGS.items():
         value = getattr(settings, name)
-        with contextlib.suppress(re.error):
-            fits = type(value) in (kind, int if kind is float else kind) and test(value)
-        if not fits:
-            problems.append(f"{name} is {value!r}; it must be {words} ({kind.__name__}).")
+        if name in rules and not is_valid(value, kind, rules[name]):
+            problems.append(
+                f"{name} is {value!r}; it must be {rules[name].words} ({kind.__name__})."
+            )
+
+    if not problems:
+        problems = [*check_paths(settings), *check_tracker(settings.LOG_WITH)]
     if not problems and not settings.caption:
         problems = check_output_dir(settings)
     if problems:
         raise UserError("\n  ".join(["some settings can't be used:", *problems]))
-    for name in ("TRAIN_DIR", "VALIDATION_DIR", "OUTPUT_DIR"):  # out/ is out
-        if value := getattr(settings, name):
-            setattr(settings, name, os.path.normpath(value))
-    if os.path.isdir(settings.MODEL_ID):  # the adapter remembers it, and is used from elsewhere
-        settings.MODEL_ID = os.path.abspath(settings.MODEL_ID)
-    settings.PROMPT = " ".join(settings.PROMPT.split())  # a space at its end breaks the next token
+
+
+CONTROL_CHARACTER_REMEDY = (
+    "which holds a control character: in Python text a backslash starts one. Write each backslash "
+    "twice, or write / instead"
+)
+
+
+def has_control_character(path: str) -> bool:
+    return re.search(r"[\0-\x1f]", path) is not None
+
+
+def check_paths(settings: argparse.Namespace) -> list[str]:
+    """A sentence for each path with a control character, as '\\n' in 'D:\\new'."""
+    problems = []
+    for name in ("TRAIN_DIR", "VALIDATION_DIR", "OUTPUT_DIR", "MODEL_ID", "START_FROM"):
+        value = getattr(settings, name)
+        if has_control_character(value):
+            problems.append(f"{name} is {value!r}, {CONTROL_CHARACTER_REMEDY}.")
+    return problems
+
+
+def check_tracker(tracker: str) -> list[str]:
+    """A sentence if the package of LOG_WITH is not installed."""
+    if not tracker or tracker in get_available_trackers():
+        return []
+    package = tracker.replace("_", "-")
+    return [f"LOG_WITH is {tracker!r}, whose package is not installed: pip install {package}."]
 
 
 def check_output_dir(settings: argparse.Namespace) -> list[str]:
-    """Why OUTPUT_DIR can't be renamed, or would take with it what is not its own."""
+    """A sentence if OUTPUT_DIR can't be renamed, or would move files that are not from a run."""
     output = Path(os.path.realpath(settings.OUTPUT_DIR))  # of a link, what it points to
-    problems = ["is the current folder, or above it"] * Path.cwd().is_relative_to(output)
-    problems += ["is a mount point, which can't be renamed"] * os.path.ismount(output)
-    for name in ("TRAIN_DIR", "VALIDATION_DIR", "MODEL_ID"):
-        folder = Path(os.path.realpath(getattr(settings, name) or os.devnull))
-        if folder.is_dir() and (output.is_relative_to(folder) or any(
-                folder.is_relative_to(own) for own in (output, f"{output}.unfinished"))):
-            problems.append(f"and {name} lie one in the other")
-    return [f"OUTPUT_DIR {settings.OUTPUT_DIR!r} {problem}; name a folder of its own."
-            for problem in problems[:1]]
+    unfinished = Path(f"{output}.unfinished")
+    problem = ""
+    for name in ("TRAIN_DIR", "VALIDATION_DIR", "MODEL_ID", "START_FROM"):
+        folder = getattr(settings, name)
+        if not os.path.isdir(folder):
+            continue
+        folder = Path(os.path.realpath(folder))
+        if name == "START_FROM" and folder == output:  # it is renamed when this run is finished
+            continue
+        is_inside = output.is_relative_to(folder)
+        contains = folder.is_relative_to(output) or folder.is_relative_to(unfinished)
+        if is_inside or contains:
+            problem = f"is inside {name}, or contains it"
+
+    if Path.cwd().is_relative_to(output):
+        problem = "is the current folder, or contains it"
+    elif os.path.ismount(output):
+        problem = "is a mount point, which can't be renamed"
+    if not problem:
+        return []
+    return [f"OUTPUT_DIR {settings.OUTPUT_DIR!r} {problem}; name a folder of its own."]
 
 
-# ---- Pairs --------------------------------------------------------------------------------------
+# ---- Pairs: what the captions are, and which pictures they are for ------------------------------
 
 
 class Pair(NamedTuple):
@@ -297,240 +526,1326 @@ class Pair(NamedTuple):
     caption: str
 
 
-Skipped = tuple[str, str]  # path, and why it is not used
+class Skipped(NamedTuple):
+    path: str  # or the place in a table
+    reason: str  # why it is not used
+
+
+@dataclasses.dataclass
+class Findings:
+    """What is told about the data. All that reads data only appends to it."""
+
+    skipped: list[Skipped] = dataclasses.field(default_factory=list)  # what is not used
+    joined: list[str] = dataclasses.field(default_factory=list)  # captions of several lines
+    not_pictures: list[str] = dataclasses.field(default_factory=list)  # by their extension
+    one_colour: list[str] = dataclasses.field(default_factory=list)  # pictures, which are used
+
+    def skip(self, path: str, reason: str) -> None:
+        self.skipped.append(Skipped(path, reason))
 
 
 class Data(NamedTuple):
     pairs: list[Pair]  # of TRAIN_DIR
     validation: list[Pair]  # of VALIDATION_DIR
-    skipped: list[Skipped]  # of both
+    pictures: list[str]  # of both, each once
 
 
-def read_caption(path: str) -> str:
-    """The caption in a UTF-8 or UTF-16 file, white space collapsed. Raises OSError, ValueError."""
+def print_findings(findings: Findings, show_all: bool) -> None:
+    """What was found in the data: all of it, or counts and the first MAX_NAMED problems."""
+    print_notes(findings, show_all)
+    print_skipped(findings.skipped, show_all)
+
+
+def print_notes(findings: Findings, name_files: bool) -> None:
+    """Counts what is good to know about files that are used, or that nobody misses."""
+    notes = (
+        (
+            findings.joined,
+            "caption file has several lines, which were joined",
+            "caption files have several lines, which were joined",
+            "If each line is a caption of its own, use a table.",
+        ),
+        (
+            findings.not_pictures,
+            "file is not a picture, by its extension",
+            "files are not pictures, by their extension",
+            "They are left alone.",
+        ),
+        (
+            findings.one_colour,
+            "picture is of (nearly) one colour once it is read",
+            "pictures are of (nearly) one colour once they are read",
+            "They are used; --check names them. Usual causes: 12 bits in a 16-bit file, white on "
+            "transparency, a failed frame.",
+        ),
+    )
+    for paths, one, many, advice in notes:
+        if paths:
+            print(f"{count_of(len(paths), one, many)}. {advice}")
+        if name_files:
+            for path in sorted(paths):
+                print(f"  {printable(path)}")
+
+
+def print_skipped(skipped: Iterable[Skipped], show_all: bool) -> None:
+    """Counts what is not used, and names all of it, or the first MAX_NAMED."""
+    skipped = sorted(skipped)
+    named = skipped if show_all else skipped[:MAX_NAMED]
+    if skipped:
+        print(f"not used: {len(skipped)}")
+    for path, reason in named:
+        print(f"  {printable(path)}: {printable(reason)}")
+    if len(named) < len(skipped):
+        print(f"  and {len(skipped) - len(named)} more; --check lists all")
+
+
+# ---- Files: what they are, and where they lie
+
+
+WEB_PAGE = "is a web page (a failed download?); download the file again"
+XML = "is XML (an SVG, or a failed download); save a picture as JPEG, or download the file again"
+PICTURE = "is a picture, not text"
+FIRST_BYTES = (  # of files that are often found in the place of another: what they are, what to do
+    (b"version https://git-lfs", "is a Git LFS pointer; run `git lfs pull` to get the file"),
+    (b"<!doctype html", WEB_PAGE),
+    (b"<html", WEB_PAGE),
+    (b"<?xml", XML),
+    (b"{\\rtf", "is RTF; save it as plain text"),
+    (
+        b"PK\x03\x04",
+        "is a spreadsheet, an Office document or a ZIP file; save it as CSV or plain text",
+    ),
+    (b"\xd0\xcf\x11\xe0", "is an old spreadsheet or Office document; save it as CSV or plain text"),
+    (b"%PDF-", "is a PDF; save pictures as JPEG, text as plain text"),
+    (b"\x1f\x8b", "is a gzip archive; unpack it"),
+    (b"\x89PNG", PICTURE),
+    (b"\xff\xd8\xff", PICTURE),
+)
+
+
+def recognize(first_bytes: bytes) -> str:
+    """What a file is that was meant to be another, and what to do; "": nothing is known of it."""
+    start = first_bytes.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for signature, what in FIRST_BYTES:
+        if start.startswith(signature.lower()):
+            return what
+    return ""
+
+
+BUILT_IN_TYPES = mimetypes.MimeTypes()  # without the system's own, which differ
+OTHER_EXTENSIONS = (
+    ".aae",
+    ".caption",
+    ".db",
+    ".jsonl",
+    ".log",
+    ".md",
+    ".npy",
+    ".npz",
+    ".parquet",
+    ".pt",
+    ".safetensors",
+    ".xmp",
+    ".yaml",
+    ".yml",
+)
+
+TEXT_EXTENSIONS = (".caption", ".json", ".md", ".rtf", ".text", ".yaml", ".yml")
+
+
+def is_picture_extension(extension: str) -> bool:
+    kind, _ = BUILT_IN_TYPES.guess_type(f"name{extension}")
+    return kind is not None and kind.startswith("image/")
+
+
+@functools.lru_cache(maxsize=1000)
+def is_other_extension(extension: str) -> bool:
+    """Whether an extension stands for something other than pictures: video, text, archives."""
+    if extension.lower() in OTHER_EXTENSIONS:
+        return True
+    kind, compression = BUILT_IN_TYPES.guess_type(f"name{extension}")
+    if compression:
+        return True
+    return kind is not None and not kind.startswith("image/")
+
+
+def is_wanted(name: str) -> bool:
+    """Neither hidden, nor one of the files that desktops leave in every folder."""
+    return not name.startswith(".") and name.lower() not in ("thumbs.db", "desktop.ini", "__macosx")
+
+
+def list_files(folder: str, findings: Findings) -> Iterator[str]:
+    """Every wanted file below `folder`, in a fixed order."""
+
+    def note_error(error: OSError) -> None:
+        if os.path.lexists(error.filename):  # there may be no Image/
+            findings.skip(error.filename, f"can't be opened: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, onerror=note_error):
+        folders[:] = sorted(filter(is_wanted, folders))  # in place: os.walk goes on with these
+        for name in folders:
+            path = os.path.join(parent, name)
+            if os.path.islink(path):
+                findings.skip(path, "is a link to a folder; only links to files are followed")
+        for name in sorted(filter(is_wanted, files)):
+            yield os.path.join(parent, name)
+
+
+def loosen(name: str) -> str:
+    """A file's name without what people get wrong: its case, and %20 for a space."""
+    name = unicodedata.normalize("NFC", urllib.parse.unquote(name))
+    return name.rpartition("/")[2].casefold()
+
+
+class NearNames:
+    """Files by what people may call them. Only to name a file in a reason, never to use it."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.paths = {}
+        for path in paths:
+            name = loosen(path)
+            stem, extension = os.path.splitext(name)
+            if is_picture_extension(os.path.splitext(stem)[1]):  # a.jpg.txt may be for a.jpg
+                self.paths[os.path.splitext(stem)[0]] = path
+            self.paths[stem] = path
+            self.paths[name] = path
+
+    def describe(self, name: str) -> str:
+        """The end of a reason: that there is a file with nearly this name; "": there is none."""
+        loose = loosen(name)
+        for key in (loose, os.path.splitext(loose)[0]):
+            if key in self.paths:
+                return f"; there is {self.paths[key]!r}"
+        return ""
+
+
+# ---- Captions
+
+
+# Characters of no width, and letters that show nothing.
+INVISIBLE = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200c\u200d\u200e\u200f"
+    "\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\u2066\u2067\u2068\u2069"
+    "\u206a\u206b\u206c\u206d\u206e\u206f\u2800\u3164\ufeff\uffa0\ufff9\ufffa\ufffb"
+)
+# White space and control characters, which also go at the ends.
+BLANK = INVISIBLE + "".join(map(chr, range(0x21))) + "\x7f\x85\xa0\u2028\u2029\u3000"
+NO_CONTENT = INVISIBLE + "\ufffc\ufffd" + "".join(map(chr, range(0xFE00, 0xFE10)))
+
+
+def clean_caption(text: str) -> str:
+    """On one line, without what shows nothing at its ends; "": nothing in it can be seen."""
+    caption = " ".join(text.split()).strip(BLANK)
+    if caption.isascii() and caption[:1].isalnum():  # most are, and this is quick
+        return caption
+    for character in caption:
+        # letters, marks, numbers and symbols; not punctuation alone
+        if unicodedata.category(character)[0] in "LMNS" and character not in NO_CONTENT:
+            return caption
+    return ""
+
+
+class CaptionFile(NamedTuple):
+    """What is in a caption file."""
+
+    caption: str
+    lines: int  # that are not empty
+    reason: str  # why it can't be used; "": it can
+
+
+def read_caption(path: str) -> CaptionFile:
+    """The caption in a file of UTF-8, with or without BOM, or of UTF-16 with one."""
+
+    def unusable(reason: str) -> CaptionFile:
+        return CaptionFile("", 0, f"the caption {reason}")
+
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("the caption is not a file")  # a pipe would block for ever
-    with open(path, "rb") as file:
-        raw = file.read(CAPTION_BYTES + 1)
+        return unusable("is not a file")  # a pipe would block for ever
     try:
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError("the caption is not in UTF-8; save it so, README says how") from error
-    if len(raw) > CAPTION_BYTES or "\0" in text:
-        raise ValueError("the caption is above 1 MB, or no text in UTF-8")
-    if not text.strip():
-        raise ValueError("the caption is empty")
-    return " ".join(text.split())
+        with open(path, "rb") as file:
+            raw = file.read(MAX_CAPTION_BYTES + 1)
+    except OSError as error:
+        return unusable(f"can't be read: {describe_error(error)}")
+
+    if len(raw) > MAX_CAPTION_BYTES:
+        return unusable("is larger than 1 MB")
+    if not raw:
+        return unusable("is empty: the file has no content")
+    other_kind = recognize(raw[:100])
+    if other_kind:
+        return unusable(other_kind)
+    is_utf16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = raw.decode("utf-16" if is_utf16 else "utf-8")
+    except UnicodeDecodeError:
+        return unusable("is not in UTF-8; save it in UTF-8, the README says how")
+    if "\0" in text:
+        return unusable("is not text in UTF-8")
+
+    caption = clean_caption(text)
+    if not caption:
+        return unusable("is empty: there is no letter, digit or symbol in it")
+    lines = sum(clean_caption(line) != "" for line in text.splitlines())
+    return CaptionFile(caption, lines, "")
 
 
-def list_files(folder: str, skipped: list[Skipped]) -> Iterator[str]:
-    """Every file below `folder`, in a fixed order, without hidden ones and desktops' droppings."""
-    ignored, errors = ("thumbs.db", "desktop.ini", "__macosx"), []
-    for parent, folders, files in os.walk(folder, onerror=errors.append):
-        folders[:], files = (sorted(name for name in names if not name.startswith(".")
-                                    and name.lower() not in ignored) for names in (folders, files))
-        skipped += [(os.path.join(parent, name), "is a link; only linked files are read")
-                    for name in folders if os.path.islink(os.path.join(parent, name))]
-        yield from (os.path.join(parent, name) for name in files)
-    skipped += [(error.filename, f"can't be opened: {error.strerror}") for error in errors
-                if os.path.lexists(error.filename)]  # there may be no Image/
+def list_possible_captions(
+    captions: dict[str, list[str]], pictures: dict[str, list[str]], findings: Findings
+) -> list[str]:
+    """Names of caption files without a picture, and of others that may be meant as captions."""
+    names = []
+    for name, files in captions.items():
+        if name not in pictures:
+            names.append(os.path.basename(files[0]))
+    for path in findings.not_pictures:
+        if os.path.splitext(path)[1].lower() in TEXT_EXTENSIONS:
+            names.append(os.path.basename(path))
+    return names
 
 
-def read_names(folder: str, beside: bool, skipped: list[Skipped]) -> list[Pair]:
-    """Caption files and the pictures of their name: the first layout or, if `beside`, the third."""
-    captions, pictures, pairs = defaultdict(list), defaultdict(list), []
-    for top in ("",) if beside else ("caption", "Image"):
-        for path in list_files(os.path.join(folder, top), skipped):
-            name = relative(path, os.path.join(folder, top))
-            stem, ending = os.path.splitext(name)
-            if top == "Image":
-                pictures[name.split("/")[0] if "/" in name else stem].append(path)
-            elif ending.lower() == ".txt" and (beside or "/" not in name):
-                captions[stem].append(path)
-            elif beside:
-                pictures[stem].append(path)
-            else:
-                skipped.append((path, "is not caption/<name>.txt"))
-    for name in sorted({*captions, *pictures}):
-        texts, images = captions[name], pictures[name]
-        try:
-            if len(texts) > 1:
-                raise ValueError(f"there are {len(texts)} captions of this name")
-            if not texts or not images:
-                raise ValueError(f"there is no {'picture' if texts else 'caption'} of this name")
-            caption = read_caption(texts[0])
-            pairs += [Pair(path, caption) for path in images]
-        except (OSError, ValueError) as error:
-            skipped += [(path, str(error)) for path in texts + images]
+def list_possible_pictures(
+    captions: dict[str, list[str]], pictures: dict[str, list[str]]
+) -> list[str]:
+    """Names of pictures without a caption, or of the folder in Image/ that they are in."""
+    names = []
+    for name, files in pictures.items():
+        if name in captions:
+            continue
+        file_name = os.path.basename(files[0])
+        is_folder = os.path.splitext(file_name)[0] != name.rpartition("/")[2]
+        names.append(f"Image/{name}" if is_folder else file_name)
+    return names
+
+
+def match_names(
+    captions: dict[str, list[str]], pictures: dict[str, list[str]], findings: Findings
+) -> list[Pair]:
+    """A pair for each picture whose name has exactly one caption file, and that can be read.
+
+    Both are paths of files by name.
+    """
+    near_captions = NearNames(list_possible_captions(captions, pictures, findings))
+    near_pictures = NearNames(list_possible_pictures(captions, pictures))
+
+    pairs = []
+    for name in sorted(captions.keys() | pictures.keys()):
+        caption_files = captions.get(name, [])
+        picture_files = pictures.get(name, [])
+        caption = ""
+        if not caption_files:
+            reason = f"there is no caption with this name{near_captions.describe(name)}"
+        elif len(caption_files) > 1:
+            reason = f"there are {len(caption_files)} captions with this name"
+        elif not picture_files:
+            reason = f"there is no picture with this name{near_pictures.describe(name)}"
+        else:
+            caption, lines, reason = read_caption(caption_files[0])
+            if lines > 1:
+                findings.joined.append(caption_files[0])
+
+        for path in picture_files:
+            if not reason:
+                pairs.append(Pair(path, caption))
+        if reason:
+            for path in caption_files + picture_files:
+                findings.skip(path, reason)
     return pairs
 
 
-def read_rows(path: str) -> Iterator[tuple[int, dict[str | None, Any]]]:
-    """The rows of a table, counted from 1. Raises UserError."""
-    number = 0
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-        rows = csv.DictReader(lines, strict=True) if path.endswith(".csv") else (
-            dict(json.loads(line)) for line in lines if line.strip())
-        try:
-            for number, row in enumerate(rows, 1):
-                yield number, row
-        except (ValueError, TypeError, csv.Error) as error:
-            raise UserError(f"{path!r} can't be read from row {number + 1} on: {error}. Mend that, "
-                            "or save it anew.") from error
+# ---- Layouts
 
 
-def read_table(path: str, skipped: list[Skipped]) -> list[Pair]:
-    """Hugging Face's ImageFolder, the second layout. Raises UserError."""
-    folder, pairs, named = os.path.dirname(path), {}, set()
-    files = {relative(file, folder): file for file in list_files(folder, skipped)}
-    files.pop(os.path.basename(path), None)
-    for number, row in read_rows(path):
-        column = "text" if "text" in row else "caption"
-        if number == 1 and not {"file_name", column} <= row.keys():
-            raise UserError(
-                f"{path!r} has the columns {[name for name in row if name]}, and needs file_name "
-                "and text: rename those of paths and captions, and separate all by commas.")
-        name = str(row.get("file_name") or "").replace("\\", "/")
-        if name not in files:  # it may be ./a.jpg, absolute, or lead elsewhere
-            name = relative(os.path.join(folder, name), folder)
-        text = row[column] if isinstance(row.get(column), str) else ""
-        pair = Pair(files.get(name, ""), " ".join(text.split()))
-        reason = ("file_name leads out of the folder; copy the picture into it"
-                  if name.startswith("../") else
-                  "it has more cells than the header; put quotes around a caption with commas"
-                  if None in row else
-                  "there is no such file" if not pair.picture else
-                  "the caption is empty, or no text" if not pair.caption else
-                  "the caption is not in UTF-8; save the table so, README says how"
-                  if re.search(r"[\ud800-\udfff]", text) else
-                  "an earlier row is the same; they count once" if pair in pairs else "")
-        if reason:
-            skipped.append((f"{path}, row {number}: {printable(name)}", reason))
+TABLE_BELOW = "a table is read only from TRAIN_DIR or VALIDATION_DIR itself: set one to its folder"
+
+
+def read_folders(folder: str, findings: Findings) -> list[Pair]:
+    """The layout caption/<name>.txt for Image/<name>/... or Image/<name>.<extension>."""
+    captions = defaultdict(list)
+    root = os.path.join(folder, "caption")
+    for path in list_files(root, findings):
+        name, extension = os.path.splitext(relative(path, root))
+        if extension.lower() == ".txt" and "/" not in name:
+            captions[name].append(path)
         else:
-            pairs[pair] = None  # a dict, for its order
-        named.add(name)
-    skipped += [(file, f"is not in {path}") for name, file in files.items() if name not in named]
+            is_table = is_table_name(os.path.basename(path)) and extension.lower() != ".txt"
+            findings.skip(path, TABLE_BELOW if is_table else "is not caption/<name>.txt")
+
+    pictures = defaultdict(list)
+    root = os.path.join(folder, "Image")
+    for path in list_files(root, findings):
+        inner_path = relative(path, root)
+        stem, extension = os.path.splitext(inner_path)
+        if is_other_extension(extension):
+            findings.not_pictures.append(path)
+        else:
+            name = inner_path.split("/")[0] if "/" in inner_path else stem
+            pictures[name].append(path)
+    return match_names(captions, pictures, findings)
+
+
+def read_beside(folder: str, findings: Findings) -> list[Pair]:
+    """The layout <name>.txt next to <name>.<extension>, at any depth."""
+    captions = defaultdict(list)
+    pictures = defaultdict(list)
+    for path in list_files(folder, findings):
+        name, extension = os.path.splitext(relative(path, folder))
+        is_table_below = is_table_name(os.path.basename(path)) and os.path.dirname(path) != folder
+        if is_table_below and extension.lower() != ".txt":
+            findings.skip(path, TABLE_BELOW)
+        elif extension.lower() == ".txt":
+            captions[name].append(path)
+        elif is_other_extension(extension):
+            findings.not_pictures.append(path)
+        else:
+            pictures[name].append(path)
+    return match_names(captions, pictures, findings)
+
+
+class TableRow(NamedTuple):
+    """A row of a table of captions, as it is in the file."""
+
+    place: str  # "line 3", as an editor counts them
+    file_name: Any
+    captions: list[Any]
+    problem: str  # why it can't be used; "": nothing is wrong so far
+
+
+FILE_COLUMNS = ("file_name", "image", "image_name", "filename")
+CAPTION_COLUMNS = ("text", "caption", "comment")
+WANTED_COLUMNS = "the columns file_name and text (or image and caption)"
+
+
+def is_table_name(name: str) -> bool:
+    """metadata.csv, captions.txt, captions_val2017.json and the like, in any case."""
+    stem, extension = os.path.splitext(name.casefold())
+    is_named = re.match(r"(metadata|captions|results)(?![a-z])", stem) is not None
+    return is_named and extension in (".csv", ".tsv", ".txt", ".json", ".jsonl")
+
+
+def find_columns(names: Iterable[Any]) -> tuple[Any, Any] | None:
+    """The two of these column names that are those of files and captions; None: they aren't there.
+
+    Returned as they are written, in whatever case.
+    """
+    by_plain_name = {}
+    for name in names:
+        by_plain_name.setdefault(str(name).strip(BLANK).casefold(), name)
+    file_columns = [by_plain_name[name] for name in FILE_COLUMNS if name in by_plain_name]
+    caption_columns = [by_plain_name[name] for name in CAPTION_COLUMNS if name in by_plain_name]
+    if not file_columns or not caption_columns:
+        return None
+    return file_columns[0], caption_columns[0]
+
+
+def read_rows(path: str) -> Iterator[TableRow]:
+    """The rows of a CSV, JSON, JSON lines or COCO file, told apart by content. Raises UserError."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path!r} is not a file.")
+    raw = Path(path).read_bytes()
+    other_kind = recognize(raw[:100])
+    if other_kind:
+        raise UserError(f"{path!r} {other_kind}.")
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        text = raw.decode("utf-16", "replace")
+    else:
+        text = raw.decode("utf-8", "surrogateescape")  # rows that are not in UTF-8 are named
+    text = text.lstrip("\ufeff")
+
+    if "\0" in text[:10_000]:
+        raise UserError(f"{path!r} is not text in UTF-8; save the table again, as CSV in UTF-8.")
+    if not text.strip():
+        raise UserError(f"{path!r} is empty: it has no rows. Save the table again.")
+    if text.lstrip()[0] in "[{":
+        return read_json(path, text)
+    return read_csv_rows(path, text)
+
+
+def read_csv_rows(path: str, text: str) -> Iterator[TableRow]:
+    """Of a table in lines. The delimiter is the one that gives the header both columns."""
+    first_line = text.lstrip().splitlines()[0]
+    has_separator_line = first_line.lower().startswith("sep=")  # Excel's own
+    text = re.sub(r'(?<!")" +(?=[,;|\t\r\n])', '"', text)  # spaces after a cell's closing quote
+    widest_header: list[str] = []
+    for delimiter in (",", ";", "\t", "|"):
+        # Flickr30k's table has no quotes around its cells, and quotes in its captions.
+        is_unquoted = delimiter == "|" and '"' not in first_line
+        reader = csv.reader(
+            io.StringIO(text, newline=""),
+            delimiter=delimiter,
+            quoting=csv.QUOTE_NONE if is_unquoted else csv.QUOTE_MINIMAL,
+            skipinitialspace=True,
+            strict=True,
+        )
+        try:
+            header = next(row for row in reader if any(cell.strip() for cell in row))
+            if has_separator_line:
+                header = next(reader)
+        except (csv.Error, StopIteration):
+            continue
+        columns = find_columns(header)
+        if columns:
+            return read_cells(path, reader, header, columns)
+        if len(header) > len(widest_header):
+            widest_header = header
+
+    raise UserError(
+        f"{path!r} has the columns {widest_header[:20]}, and needs {WANTED_COLUMNS}. Rename the "
+        "columns, add them as a first row if they are missing, or save the table as CSV."
+    )
+
+
+def read_cells(
+    path: str, reader: Any, header: list[str], columns: tuple[str, str]
+) -> Iterator[TableRow]:
+    """The rows of a csv.reader after its header."""
+    file_index = header.index(columns[0])
+    caption_index = header.index(columns[1])
+    width = len(header)
+    while not header[width - 1].strip():  # spreadsheets write empty columns
+        width -= 1
+
+    line = reader.line_num + 1  # where the next row starts
+    try:
+        for row in reader:
+            problem = ""
+            if len(row) > width and any(cell.strip() for cell in row[width:]):
+                problem = (
+                    "it has more cells than the header; put quotes around a caption with commas"
+                )
+            elif len(row) <= max(file_index, caption_index):
+                if not any(cell.strip() for cell in row):
+                    line = reader.line_num + 1
+                    continue
+                problem = f"it has {len(row)} cells, and the header {width}"
+                row += [""] * width
+            file_name = row[file_index].strip(BLANK)
+            caption = row[caption_index].strip(BLANK)
+            if file_name or caption or problem:
+                yield TableRow(f"line {line}", file_name, [caption], problem)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path!r} can't be read from line {line} on: {error}. Fix the quotes there (a quote "
+            "inside a quoted cell is written twice), or save the table again."
+        ) from error
+
+
+def read_json(path: str, text: str) -> Iterator[TableRow]:
+    """Of a JSON array, of objects one after the other (JSON lines), or of COCO's captions."""
+    values = parse_values(path, text)
+    first_place, first = next(values)
+    if isinstance(first, dict) and "annotations" in first and "images" in first:
+        return read_coco(path, first)
+    if isinstance(first, list):
+        items = [(f"item {number}", item) for number, item in enumerate(first, 1)]
+        return read_objects(path, items)
+    return read_objects(path, itertools.chain([(first_place, first)], values))
+
+
+def parse_values(path: str, text: str) -> Iterator[tuple[str, Any]]:
+    """JSON values, each with its line. Commas between them are nothing. Raises UserError."""
+    decoder = json.JSONDecoder()
+    between = re.compile(r"[\s,]*")
+    position = between.match(text).end()
+    line = 1 + text.count("\n", 0, position)
+    while position < len(text):
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path!r} can't be read from line {line} on: line {error.lineno} is not JSON "
+                f"({error.msg}). One object a line is wanted, or one array of objects."
+            ) from error
+        yield f"line {line}", value
+        next_position = between.match(text, end).end()
+        line += text.count("\n", position, next_position)
+        position = next_position
+
+
+def read_objects(path: str, objects: Iterable[tuple[str, Any]]) -> Iterator[TableRow]:
+    """Of JSON objects, each with its place."""
+    is_first = True
+    for place, item in objects:
+        if not isinstance(item, dict):
+            raise UserError(
+                f"{path!r}, {place}: one object such as "
+                '{"file_name": "a.jpg", "text": "a rose"} is wanted for each picture.'
+            )
+        columns = find_columns(item)
+        if is_first and not columns:
+            raise UserError(
+                f"{path!r} has the columns {list(item)[:20]}, and needs {WANTED_COLUMNS}: rename "
+                "them."
+            )
+        is_first = False
+        if not columns:
+            yield TableRow(place, "", [""], f"it has the columns {list(item)[:20]}")
+            continue
+        captions = item[columns[1]]
+        if not isinstance(captions, list):
+            captions = [captions]
+        yield TableRow(place, item[columns[0]], captions or [""], "")
+
+
+def read_coco(path: str, content: dict[str, Any]) -> Iterator[TableRow]:
+    """Of the captions of COCO, whose pictures have numbers."""
+    names = {}
+    annotations = content["annotations"]
+    try:
+        for image in content["images"]:
+            names[image["id"]] = image["file_name"]
+        has_captions = all("caption" in annotation for annotation in annotations)
+    except (KeyError, TypeError):
+        has_captions = False
+    if not annotations:
+        raise UserError(f"{path!r} has no rows: no captions are in it. Download it again.")
+    if not has_captions:
+        raise UserError(
+            f"{path!r} looks like a file of COCO, but not like its captions: take the one called "
+            "captions_..."
+        )
+    for number, annotation in enumerate(annotations, 1):
+        file_name = names.get(annotation.get("image_id"))
+        yield TableRow(f"annotation {number}", file_name, [annotation.get("caption")], "")
+
+
+class Lookup(NamedTuple):
+    """A file that a row of a table names."""
+
+    key: str  # its path below the folder
+    path: str  # "": there is none, for a reason
+    reason: str
+
+
+class FileFinder:
+    """The files below the folder of a table, found by what its rows call them."""
+
+    def __init__(self, folder: str, paths: Iterable[str]) -> None:
+        self.folder = folder
+        self.paths = {relative(path, folder): path for path in paths}
+        self.keys = defaultdict(list)  # by bare name
+        for key in self.paths:
+            self.keys[key.rpartition("/")[2]].append(key)
+
+    @functools.cached_property
+    def near_names(self) -> NearNames:
+        return NearNames(self.paths)
+
+    def find(self, file_name: Any) -> Lookup:
+        """By its path below the folder, or else by its bare name, if only one file has it."""
+        if not isinstance(file_name, str) or not file_name.strip(BLANK):
+            return Lookup("", "", "its file_name is empty, or not text")
+        key = file_name.strip(BLANK).replace("\\", "/")
+        if key not in self.paths:  # it may be ./a.jpg, absolute, or in another form of Unicode
+            key = relative(os.path.join(self.folder, key), self.folder)
+        if key in self.paths:
+            return Lookup(key, self.paths[key], "")
+
+        same_name = self.keys.get(key, [])
+        if len(same_name) == 1:
+            return Lookup(same_name[0], self.paths[same_name[0]], "")
+        if len(same_name) > 1:
+            examples = " and ".join(map(repr, same_name[:2]))
+            return Lookup(key, "", f"{len(same_name)} files have this name, as {examples}")
+        if key.startswith("../"):
+            reason = "it points outside the folder; copy the picture into it"
+            return Lookup(key, "", reason + self.near_names.describe(key))
+        return Lookup(key, "", f"there is no such file{self.near_names.describe(key)}")
+
+
+def find_fault(caption: Any) -> str:
+    """Why a caption of a table can't be used; "": it can."""
+    if caption is None or caption == "":
+        return "the caption is empty"
+    if not isinstance(caption, str):
+        return "the caption is not text"
+    if re.search(r"[\ud800-\udfff]", caption):
+        return "the caption is not in UTF-8; save the table in UTF-8, the README says how"
+    if not clean_caption(caption):
+        return "the caption is empty: there is no letter, digit or symbol in it"
+    return ""
+
+
+def read_table(path: str, findings: Findings) -> list[Pair]:
+    """The pairs of a table, for the files in its folder. Raises UserError."""
+    folder = os.path.dirname(path)
+    files = [file for file in list_files(folder, findings) if file != path]
+    finder = FileFinder(folder, files)
+    refuse_captions_beside(path, finder)
+
+    pairs: dict[Pair, None] = {}  # a set that keeps the order
+    named = set()
+    row_count = 0
+    for row in read_rows(path):
+        row_count += 1
+        found = finder.find(row.file_name)
+        named.add(found.key)
+        for caption in row.captions:
+            reason = row.problem or found.reason or find_fault(caption)
+            if not reason:
+                pair = Pair(found.path, clean_caption(caption))
+                if pair not in pairs:
+                    pairs[pair] = None
+                    continue
+                reason = "it repeats an earlier row"
+            place = f"{path}, {row.place}"
+            if row.file_name:
+                place += f": {printable(str(row.file_name))}"
+            findings.skip(place, reason)
+    if not row_count:
+        raise UserError(f"{path!r} has a header, and no rows. Save the table again.")
+
+    for key, file in finder.paths.items():
+        if key in named:
+            continue
+        if is_other_extension(os.path.splitext(key)[1]):
+            findings.not_pictures.append(file)
+        else:
+            findings.skip(file, f"is not in {path}")
     return list(pairs)
 
 
-def find_pairs(folder: str, named: int = NAMED) -> tuple[list[Pair], list[Skipped]]:
-    """The pairs in whichever layout `folder` has, and what is not used. Raises UserError."""
+def refuse_captions_beside(path: str, finder: FileFinder) -> None:
+    """Raises UserError if there are also caption files next to pictures."""
+    pictures = set()
+    for key in finder.paths:
+        stem, extension = os.path.splitext(key)
+        if not is_other_extension(extension):
+            pictures.add(stem)
+    for key in finder.paths:
+        stem, extension = os.path.splitext(key)
+        if extension.lower() == ".txt" and stem in pictures:
+            raise UserError(
+                f"there are {path!r} and <name>.txt next to pictures, such as {key!r}. Captions "
+                "come from one place: keep one of them, and move the others away."
+            )
+
+
+class Layout(NamedTuple):
+    name: str
+    path: str  # what is read: a folder, or a table
+    read: Callable[[str, Findings], list[Pair]]
+
+
+def find_layout(folder: str) -> Layout:
+    """The layout of a folder. Raises UserError where there are several."""
+    layouts = []
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if name == "caption" and os.path.isdir(path):
+            layouts.append(Layout("caption/ and Image/", folder, read_folders))
+        elif is_wanted(name) and is_table_name(name) and is_table(path):
+            layouts.append(Layout(name, path, read_table))
+
+    if len(layouts) > 1:
+        names = " and ".join(layout.name for layout in layouts)
+        raise UserError(
+            f"there are {names} in {folder!r}. Captions come from one place: keep one of them, and "
+            "move the others away."
+        )
+    if layouts:
+        return layouts[0]
+    return Layout("<name>.txt next to each picture", folder, read_beside)
+
+
+def is_table(path: str) -> bool:
+    """Whether a file with a table's name is one: metadata.* always, others if they have columns."""
+    if os.path.basename(path).casefold().startswith("metadata"):
+        return True
+    try:
+        next(read_rows(path), None)
+    except UserError:
+        return False
+    return True
+
+
+def find_pairs(folder: str, findings: Findings) -> list[Pair]:
+    """The pairs in a folder, sorted, of whichever layout, which is printed. Raises UserError."""
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder!r}. Name the one with pictures and captions.")
-    there = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    found, skipped = [name for name in LAYOUTS if name in there] or [""], []
-    if len(found) > 1:
-        raise UserError(f"there are {' and '.join(found)} in {folder!r}; captions come from one "
-                        "place. Move the other out of it.")
-    pairs = (read_table(os.path.join(folder, *found), skipped) if found[0] in TABLES
-             else read_names(folder, found == [""], skipped))
-    skipped = sorted((path, "a table is read in the folder itself alone: name this one for it"
-                      if os.path.basename(path) in TABLES else reason) for path, reason in skipped)
+    layout = find_layout(folder)
+    print(f"layout of {printable(folder)}: {printable(layout.name)}")
+    pairs = layout.read(layout.path, findings)
     if not pairs:
-        print_skipped(skipped, named)
-        near = [f"{other!r}: rename it to {name!r}" for name in ("caption", "Image")
-                for other in there if found[0] not in TABLES
-                and other != name and other.lower().rstrip("s") == name.lower()]
-        names = ", ".join(near or map(repr, there[:NAMED])) or "nothing"
-        raise UserError(f"no picture in {folder!r} has a caption. There is {names}. Captions are "
-                        "read from caption/<name>.txt for the pictures in Image/<name>/, or from "
-                        "metadata.csv (file_name,text), or from <name>.txt beside <name>.jpg.")
-    print(f"layout of {printable(folder)}: {LAYOUTS[found[0]]}")
-    return sorted(pairs), skipped
+        names = sorted(name for name in os.listdir(folder) if is_wanted(name))
+        content = ", ".join(map(repr, names[:MAX_NAMED])) or "nothing"
+        raise UserError(
+            f"no picture in {folder!r} has a caption. The folder contains {content}. Captions are "
+            "read from caption/<name>.txt for the pictures in Image/<name>/, or from metadata.csv "
+            "(file_name,text), or from <name>.txt next to <name>.jpg."
+            + describe_near_layout(folder)
+        )
+    return sorted(pairs)
 
 
-def find_copies(pictures: set[str], others: set[str]) -> list[str]:
-    """Those of `pictures` that are, byte for byte, one of `others`."""
-    there = {path for path in pictures | others
-             if os.path.isfile(path) and os.access(path, os.R_OK)}
-    sizes = {os.path.getsize(path) for path in pictures & there}
-    digests = {path: hashlib.sha256(Path(path).read_bytes()).digest()
-               for path in there if os.path.getsize(path) in sizes}
-    known = {digests[path] for path in others & digests.keys()}
-    return sorted(path for path in pictures & digests.keys() if digests[path] in known)
+def describe_near_layout(folder: str) -> str:
+    """What in a folder is nearly one of the layouts; "": nothing is."""
+    names = [name for name in sorted(os.listdir(folder)) if is_wanted(name)]
+    for name in names:
+        stem, extension = os.path.splitext(name.casefold())
+        if extension in (".xlsx", ".xls", ".ods", ".numbers"):
+            return f" {name!r} is a spreadsheet: save it as CSV, named metadata.csv."
+        if is_table_name(name) and extension != ".txt":
+            try:
+                next(read_rows(os.path.join(folder, name)), None)
+            except UserError as error:
+                return f" As a table, {error}"
+        for wanted in ("caption", "Image"):
+            is_near = stem.rstrip("s") == wanted.casefold()
+            if is_near and wanted not in names and os.path.isdir(os.path.join(folder, name)):
+                return f" There is {name!r}: rename it to {wanted!r}."
+    return ""
 
 
-def print_skipped(skipped: list[Skipped], named: int = NAMED) -> None:
-    """Counts what is not used, and names the first `named` ones."""
-    if skipped:
-        print(f"not used: {len(skipped)}")
-    for path, reason in skipped[:named]:
-        print(f"  {printable(path)}: {printable(reason)}")
-    if len(skipped) > named:
-        print(f"  and {len(skipped) - named} more; --check lists all")
+def read_tail(path: str) -> bytes:
+    """The last bytes of a file: cheap, and enough to tell most files of one size apart."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 4096))
+        return file.read()
+
+
+def hash_content(path: str) -> bytes:
+    return hashlib.sha256(Path(path).read_bytes()).digest()
+
+
+def find_copies(pictures: Iterable[str]) -> dict[str, str]:
+    """Pictures that are, byte for byte, another one; each with the first of them by name."""
+    groups = [sorted(path for path in set(pictures) if os.path.isfile(path))]
+    for key in (os.path.getsize, read_tail, hash_content):  # the cheapest first
+        smaller_groups = []
+        for group in groups:
+            by_key = defaultdict(list)
+            for path in group:
+                with contextlib.suppress(OSError):  # it is named when it is read as a picture
+                    by_key[key(path)].append(path)
+            smaller_groups += [paths for paths in by_key.values() if len(paths) > 1]
+        groups = smaller_groups
+
+    copies = {}
+    for first, *others in groups:
+        for path in others:
+            copies[path] = first
+    return copies
 
 
 # ---- Pictures -----------------------------------------------------------------------------------
 
 
-def read_picture(path: str, side: int) -> Image.Image:
-    """A picture as RGB: upright, its first frame, transparency over white, 16-bit grey as 8-bit.
+# Errors of a disk, a network drive or the system, rather than of the file that is read.
+MACHINE_ERRORS = (
+    errno.EIO,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ETIMEDOUT,
+    errno.ESTALE,
+    errno.ENOTCONN,
+)
+LARGE_PICTURE = threading.Lock()  # held while one is decoded
 
-    JPEGs far larger than `side` pixels are decoded at a reduced scale, never below twice `side`.
-    Raises whatever Pillow's decoders raise on damaged files, which is a dozen kinds.
+
+def read_picture(path: str, side: int) -> Image.Image:
+    """A picture as RGB, as a viewer shows it: upright, in sRGB, its first frame, over white.
+
+    16-bit grey becomes 8-bit. JPEGs far larger than `side` pixels are decoded at a reduced scale,
+    never below twice `side`; so are all pictures of more than LARGE_PIXELS. Raises ValueError for
+    what is not a picture to learn from, and many kinds of exceptions of Pillow's decoders.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("is not a file")  # a pipe would block for ever
+        raise ValueError("it is not a file")  # a pipe would block for ever
     with Image.open(path, formats=PICTURE_FORMATS) as picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(
+                f"it has {picture.width} x {picture.height} pixels, and the limit is "
+                f"{MAX_PIXELS // 1_000_000} megapixels; save it smaller"
+            )
         picture.draft(None, (2 * side, 2 * side))
-        upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith("I;16"):
-        grey = np.asarray(upright).astype(np.float32) / 257
-        upright = Image.fromarray(grey.round().astype(np.uint8))
-    if upright.mode in ("I", "F"):
-        raise ValueError("has 32 bits for each pixel; save it with 8 or 16")
-    if upright.has_transparency_data:
-        white = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(white, upright.convert("RGBA"))
-    return upright.convert("RGB")
+        is_large = picture.width * picture.height > LARGE_PIXELS
+        with LARGE_PICTURE if is_large else contextlib.nullcontext():
+            if is_large:
+                picture = reduce_picture(picture, side)
+            upright = ImageOps.exif_transpose(picture)
+            return convert_to_rgb(upright)
 
 
-def decode(paths: list[str], image_processor: Any) -> tuple[dict[str, Any], list[Skipped]]:
-    """Pixel values, (3, height, width), or None without a processor; and what can't be read."""
-    pixels, skipped, side = {}, [], image_processor.size["height"] if image_processor else 224
+def reduce_picture(picture: Image.Image, side: int) -> Image.Image:
+    """A picture scaled down by a whole factor, never below twice `side`; profile and EXIF kept."""
+    info = picture.info | {"exif": picture.getexif().tobytes()}
+    if picture.mode in ("1", "P"):
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    factor = max(1, min(picture.size) // (2 * side))
+    if picture.mode.startswith("I;16"):
+        picture = picture.resize((picture.width // factor, picture.height // factor))
+    else:
+        picture = picture.reduce(factor)
+    picture.info = info
+    return picture
+
+
+def convert_to_rgb(picture: Image.Image) -> Image.Image:
+    """From any mode and colour profile to RGB, which is sRGB; transparency over white."""
+    profile = picture.info.get("icc_profile")
+    if picture.mode.startswith("I;16"):
+        grey = np.asarray(picture).astype(np.float32) / 257
+        picture = Image.fromarray(grey.round().astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError("it has 32 bits for each pixel; save it with 8 or 16")
+
+    alpha = None
+    if picture.has_transparency_data:
+        alpha = picture.convert("RGBA").getchannel("A")
+    if picture.mode in ("1", "L", "LA"):  # a profile is for grey
+        picture = picture.convert("L")
+    elif picture.mode != "CMYK":
+        picture = picture.convert("RGB")
+
+    transform = make_transform(profile, picture.mode) if profile else None
+    if transform:
+        picture = ImageCms.applyTransform(picture, transform)
+    picture = picture.convert("RGB")
+    if alpha:
+        white = Image.new("RGB", picture.size, "white")
+        picture = Image.composite(picture, white, alpha)
+    return picture
+
+
+@functools.lru_cache(maxsize=64)
+def make_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From an embedded colour profile to sRGB; None: it is sRGB, damaged, or for another mode."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        target = ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(source, target, mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+
+    # A profile is sRGB's if it changes no colour: there are many of them, under many names.
+    levels = range(0, 256, 51)
+    colours = Image.new("RGB", (len(levels) ** 3, 1))
+    colours.putdata(list(itertools.product(levels, repeat=3)))
+    colours = colours.convert(mode)
+    unchanged = np.asarray(colours.convert("RGB"), dtype=int)
+    converted = np.asarray(ImageCms.applyTransform(colours, transform), dtype=int)
+    if np.abs(converted - unchanged).max() <= 2:
+        return None
+    return transform
+
+
+def is_one_colour(picture: Image.Image) -> bool:
+    """Whether a picture (RGB) looks like one colour: looked at on a grid of 64 x 64 points."""
+    points = picture.resize((64, 64), Image.Resampling.NEAREST)
+    return all(high - low < ONE_COLOUR_RANGE for low, high in points.getextrema())
+
+
+def explain_unreadable(path: str, error: Exception) -> str:
+    """Why a picture can't be read, and what to do."""
+    if "MAX_TEXT" in str(error):
+        megabytes = MAX_PNG_TEXT // 1_000_000
+        return f"can't be read: more than {megabytes} MB of text in it; save it without metadata"
+    if not isinstance(error, UnidentifiedImageError):
+        return f"can't be read: {describe_error(error)}"
+
+    try:
+        with open(path, "rb") as file:
+            first_bytes = file.read(100)
+    except OSError as not_readable:
+        return f"can't be read: {describe_error(not_readable)}"
+    if not first_bytes:
+        return "is empty: the file has no content; copy or download it again"
+    other_kind = recognize(first_bytes)
+    if other_kind == PICTURE:
+        return "is damaged after its first bytes; copy or download it again"
+    return other_kind or f"is not a {', '.join(PICTURE_FORMATS)}; save it as JPEG"
+
+
+class Decoded(NamedTuple):
+    """Some pictures, read."""
+
+    pixels: dict[str, np.ndarray | None]  # of those that can be, see decode_pictures
+    findings: Findings
+
+
+def decode_pictures(paths: list[str], image_processor: Any) -> Decoded:
+    """Pixel values, (3, height, width), of the pictures that can be read.
+
+    Without an image processor (to check them), they are read all the same, and thrown away.
+    Raises OSError if the disk fails, MemoryError.
+    """
+    side = image_processor.size["height"] if image_processor else 224
+    decoded = Decoded({}, Findings())
     for path in paths:
         try:
             picture = read_picture(path, side)
-            pixels[path] = image_processor(picture).pixel_values[0] if image_processor else None
-        except UnidentifiedImageError:
-            skipped.append((path, f"is none of {', '.join(PICTURE_FORMATS)}; save it as JPEG"))
+            pixels = image_processor(picture).pixel_values[0] if image_processor else None
+        except MemoryError:
+            raise
         except Exception as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            skipped.append((path, f"can't be read: {reason}"))
-    return pixels, skipped
+            if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+                raise
+            decoded.findings.skip(path, explain_unreadable(path, error))
+            continue
+        decoded.pixels[path] = pixels
+        if is_one_colour(picture):
+            decoded.findings.one_colour.append(path)
+    return decoded
 
 
-def read_pictures(paths: Sequence[str], image_processor: Any, workers: int, title: str,
-                  skipped: list[Skipped]) -> Iterator[dict[str, np.ndarray]]:
-    """What can be read, in order, about INFERENCE_BATCH at a time; the rest is added to `skipped`.
+def read_pictures(
+    paths: Sequence[str], image_processor: Any, workers: int, title: str, findings: Findings
+) -> Iterator[dict[str, np.ndarray | None]]:
+    """What can be read, in order, up to INFERENCE_BATCH pictures at a time, as decode_pictures.
 
-    By threads: Pillow and NumPy leave the GIL. At most two batches for each wait to be taken.
+    Threads do it: Pillow and NumPy release the GIL. At most two batches for each thread wait to be
+    taken, so that memory stays bounded.
     """
+    batches = deque(paths[i : i + INFERENCE_BATCH] for i in range(0, len(paths), INFERENCE_BATCH))
+    waiting = deque()
     bar = tqdm(total=len(paths), desc=title, unit="picture", disable=None)
     with bar, ThreadPoolExecutor(workers) as pool:
-        tasks = (pool.submit(decode, paths[i : i + INFERENCE_BATCH], image_processor)
-                 for i in range(0, len(paths), INFERENCE_BATCH))
-        waiting = deque(itertools.islice(tasks, 2 * workers))
         try:
-            while waiting:
-                pixels, broken = waiting.popleft().result()
-                waiting.extend(itertools.islice(tasks, 1))
-                skipped += broken
-                if pixels:
-                    yield pixels
-                bar.update(len(pixels) + len(broken))
+            while batches or waiting:
+                while batches and len(waiting) < 2 * workers:
+                    waiting.append(pool.submit(decode_pictures, batches.popleft(), image_processor))
+                decoded = waiting.popleft().result()
+                findings.skipped += decoded.findings.skipped
+                findings.one_colour += decoded.findings.one_colour
+                if decoded.pixels:
+                    yield decoded.pixels
+                bar.update(len(decoded.pixels) + len(decoded.findings.skipped))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-# ---- The captioner: BLIP-2 on its device --------------------------------------------------------
+# ---- Memory: as much at a time as there is room for ---------------------------------------------
 
 
-class Row(NamedTuple):
-    """A pair as it is learned."""
+class PartSize:
+    """How many items are worked on at a time: halved whenever memory runs out, and then kept."""
 
-    features: torch.Tensor  # the Q-Former's output, (num_query_tokens, hidden)
-    learned: list[int]  # ids of the caption and the stop token
+    def __init__(self, size: int, remedy: str) -> None:
+        self.size = size
+        self.remedy = remedy  # for when there is no memory for a single one
+
+    def run(self, work: Callable[[Sequence], Any], items: Sequence) -> list[Any]:
+        """work(part) for one part of the items after another. Raises UserError."""
+        results = []
+        start = 0
+        while start < len(items):
+            part = items[start : start + self.size]
+            is_too_large = False
+            try:
+                results.append(work(part))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(part) == 1:
+                    reason = " ".join(str(error).split()).rstrip(".")
+                    raise UserError(f"{reason or 'out of memory'}. {self.remedy}") from error
+                is_too_large = True
+
+            # Only here, after `except`, is the traceback freed, which holds all activations.
+            if is_too_large:
+                self.size = math.ceil(len(part) / 2)
+                torch.cuda.empty_cache()
+                tqdm.write(f"out of memory: {self.size} at a time from now on")
+            else:
+                start += len(part)
+        return results
+
+
+# ---- The captioner: BLIP-2 on its device, and how a pair is laid out for it ---------------------
+
+
+class Example(NamedTuple):
+    """A pair as it is trained and measured on."""
+
+    features: torch.Tensor  # of the picture, see Captioner.encode
+    caption: str
+
+
+class Batch(NamedTuple):
+    """Examples as the language model takes them, on the CPU.
+
+    There are no masks: to select by one is to wait for the device. Instead, `positions` say where
+    each target is predicted in the output, flattened to (rows * length, ...), and `owners` which
+    row it belongs to.
+    """
+
+    input_ids: torch.Tensor  # (rows, tokens), what is read after the picture
+    decoder_input_ids: torch.Tensor  # (rows, tokens) for the decoder of T5; (rows, 0) for OPT
+    targets: torch.Tensor  # (targets,), ids of captions and stop tokens, of all rows
+    positions: torch.Tensor  # (targets,)
+    owners: torch.Tensor  # (targets,)
+    features: torch.Tensor  # (rows, ...), see Captioner.encode
+
+
+class RowBuilder:
+    """Lays pairs out for the language model, without needing it.
+
+    OPT:     picture, BOS, prompt, caption, newline: one text, of which the last two are learned
+    Flan-T5: picture, prompt, </s> for the encoder; caption, </s> from the decoder are learned
+    """
+
+    def __init__(self, tokenizer: Any, config: Blip2Config, prompt: str, max_tokens: int) -> None:
+        text_config = config.text_config
+        self.tokenizer = tokenizer
+        self.is_t5 = text_config.model_type == "t5"
+        self.pad_id = text_config.pad_token_id
+        self.stop_id = text_config.eos_token_id  # OPT's is a newline, not its tokenizer's </s>
+        self.start_id = getattr(text_config, "decoder_start_token_id", None)  # of T5
+        self.num_query_tokens = config.num_query_tokens  # of a picture
+        self.max_tokens = max_tokens  # of a caption; the rest is cut
+        # In what users write, "</s>" is a word: it is never a special token.
+        self.prompt_ids = tokenizer(prompt, split_special_tokens=True).input_ids
+        # For OPT the caption follows the prompt, so it needs a space; T5's decoder starts fresh.
+        self.space = " " if prompt and not self.is_t5 else ""
+        self.ids_by_caption: dict[str, list[int]] = {}  # a caption is tokenized only once
+
+    def tokenize(self, caption: str) -> list[int]:
+        """The ids of a caption, not cut, without the stop token."""
+        if caption not in self.ids_by_caption:
+            self.ids_by_caption[caption] = self.tokenizer(
+                self.space + caption, add_special_tokens=False, split_special_tokens=True
+            ).input_ids
+        return self.ids_by_caption[caption]
+
+    def label_ids(self, caption: str) -> list[int]:
+        """What is learned of a caption: its ids, cut, and the stop token."""
+        return [*self.tokenize(caption)[: self.max_tokens], self.stop_id]
+
+    def decode(self, ids: list[int]) -> str:
+        """A caption, on one line."""
+        return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
+
+    def collate_fn(self, examples: Sequence[Example]) -> Batch:
+        """Tokenizes the captions, and batches them with the features."""
+        features = torch.stack([example.features for example in examples])
+        labels = [self.label_ids(example.caption) for example in examples]
+        return self.build_batch(features, labels)
+
+    def build_batch(self, features: torch.Tensor, labels: list[list[int]]) -> Batch:
+        """Batches the features of pictures, (rows, ...), and the ids to be predicted for each."""
+        longest = max(len(ids) for ids in labels)
+        padded = [ids + [self.pad_id] * (longest - len(ids)) for ids in labels]
+        if self.is_t5:
+            input_ids = [self.prompt_ids for _ in labels]  # all the same: nothing to pad or mask
+            decoder_input_ids = [[self.start_id, *ids[:-1]] for ids in padded]
+            output_length = longest
+            first = 0  # the position in its row where the first target is predicted
+        else:  # causal: no token sees the padding to its right, so that it needs no mask
+            input_ids = [self.prompt_ids + ids for ids in padded]
+            decoder_input_ids = [[] for _ in labels]
+            output_length = self.num_query_tokens + len(self.prompt_ids) + longest
+            first = output_length - longest - 1  # each token is predicted by the one before it
+
+        targets = []
+        positions = []
+        owners = []
+        for row, ids in enumerate(labels):
+            start = row * output_length + first
+            targets += ids
+            positions += range(start, start + len(ids))
+            owners += [row] * len(ids)
+
+        def to_tensor(values: list) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.long)  # of an empty list, too
+
+        return Batch(
+            to_tensor(input_ids),
+            to_tensor(decoder_input_ids),
+            to_tensor(targets),
+            to_tensor(positions),
+            to_tensor(owners),
+            features,
+        )
+
+
+class Caption(NamedTuple):
+    """A caption that was generated for a picture."""
+
+    text: str
+    confidence: float  # geometric mean of the probabilities of the tokens, stop token included
+
+
+MEMORY_REMEDY = "Free memory on the device (nvidia-smi shows what uses a GPU)"
+ENCODE_REMEDY = f"{MEMORY_REMEDY}, or use a smaller MODEL_ID."
+MEASURE_REMEDY = f"{MEMORY_REMEDY}, or train with LOAD_IN_4BIT or a lower MAX_CAPTION_TOKENS."
+CAPTION_REMEDY = f"{MEMORY_REMEDY}, or lower NUM_BEAMS."
+
+
+class Captioner:
+    """The model, in eval mode and frozen except for LoRA, on its device."""
+
+    def __init__(
+        self,
+        model: Blip2ForConditionalGeneration,
+        processor: Blip2Processor,
+        prompt: str,
+        max_tokens: int,
+        num_beams: int,
+        trains_qformer: bool,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.row_builder = RowBuilder(processor.tokenizer, model.config, prompt, max_tokens)
+        self.num_beams = num_beams
+        self.trains_qformer = trains_qformer  # it runs in every step then
+        self.device = model.device
+        self.dtype = model.language_projection.weight.dtype
+        self.encode_size = PartSize(INFERENCE_BATCH, ENCODE_REMEDY)
+        self.measure_size = PartSize(INFERENCE_BATCH, MEASURE_REMEDY)
+        self.caption_size = PartSize(INFERENCE_BATCH, CAPTION_REMEDY)
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the device, through pinned memory, so that nothing waits."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def send_batch(self, batch: Batch) -> Batch:
+        """To the device: all integers in one copy, then the features."""
+        integers = batch[:-1]
+        together = torch.cat([tensor.flatten() for tensor in integers])
+        parts = self.send(together).split([tensor.numel() for tensor in integers])
+        sent = [part.view_as(tensor) for part, tensor in zip(parts, integers, strict=True)]
+        return Batch(*sent, self.send(batch.features))
+
+    def feature_shape(self) -> tuple[int, int]:
+        """Of one picture, as `encode` returns it."""
+        config = self.model.config
+        if self.trains_qformer:
+            vision = config.vision_config
+            patches = (vision.image_size // vision.patch_size) ** 2
+            return patches + 1, vision.hidden_size
+        return config.num_query_tokens, config.qformer_config.hidden_size
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Sequence[np.ndarray]) -> torch.Tensor:
+        """What comes before the first layer with LoRA, for (3, height, width) each, on the CPU.
+
+        The Q-Former's output, (pictures, num_query_tokens, hidden), or, if the Q-Former is trained,
+        its input, the vision tower's (pictures, patches + 1, width).
+        """
+
+        def encode_part(part: Sequence[np.ndarray]) -> torch.Tensor:
+            pixels = self.send(torch.from_numpy(np.stack(part))).to(self.dtype)
+            features = self.model.vision_model(pixels)[0]
+            if not self.trains_qformer:
+                features = self.run_qformer(features)
+            return features.cpu()
+
+        return torch.cat(self.encode_size.run(encode_part, pixel_values))
+
+    def run_qformer(self, patches: torch.Tensor) -> torch.Tensor:
+        """(pictures, patches + 1, width) to (pictures, num_query_tokens, hidden)."""
+        queries = self.model.query_tokens.expand(len(patches), -1, -1)
+        output = self.model.qformer(query_embeds=queries, encoder_hidden_states=patches)
+        return output[0].to(self.dtype)  # with float16, the Q-Former stays in float32
+
+    def drop_vision_side(self) -> None:
+        """Frees the memory of what has done its work, when all pictures are encoded."""
+        self.model.vision_model.to("meta")
+        if not self.trains_qformer:
+            self.model.qformer.to("meta")
+
+    def embed(self, features: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """What the language model reads, (rows, tokens, width): projected features, then text."""
+        if self.trains_qformer:
+            features = self.run_qformer(features)
+        image = self.model.language_projection(features)
+        text = self.model.get_input_embeddings()(input_ids)
+        return torch.cat([image.to(text.dtype), text], dim=1)
+
+    def target_losses(self, batch: Batch) -> torch.Tensor:
+        """Cross-entropy in float32 of each target of a batch on the device, (targets,)."""
+        inputs = self.embed(batch.features, batch.input_ids)
+        language_model = self.model.language_model
+        if self.row_builder.is_t5:
+            output = language_model(
+                inputs_embeds=inputs, decoder_input_ids=batch.decoder_input_ids, use_cache=False
+            )
+            logits = output.logits.flatten(0, 1).index_select(0, batch.positions)
+        else:  # the head, which is large, runs only where a target is predicted
+            output = language_model.model.decoder(inputs_embeds=inputs, use_cache=False)
+            hidden = output[0].flatten(0, 1).index_select(0, batch.positions)
+            logits = language_model.lm_head(hidden)
+        return F.cross_entropy(logits.float(), batch.targets, reduction="none")
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """Cross-entropy in float32, summed over each row's targets, (rows,)."""
+        batch = self.send_batch(batch)
+        target_losses = self.target_losses(batch)
+        row_losses = target_losses.new_zeros(len(batch.features))
+        return row_losses.index_add(0, batch.owners, target_losses)
+
+    @torch.no_grad()
+    def measure(self, examples: Sequence[Example]) -> torch.Tensor:
+        """The loss of each example, summed over its tokens, (examples,), on the CPU."""
+
+        def measure_part(part: Sequence[Example]) -> torch.Tensor:
+            return self.losses(self.row_builder.collate_fn(part)).cpu()
+
+        return torch.cat(self.measure_size.run(measure_part, examples))
+
+    @torch.no_grad()
+    def measure_tokens(self, examples: Sequence[Example]) -> list[list[float]]:
+        """The loss of each token that the examples teach, the stop token last."""
+        losses: list[list[float]] = []
+
+        def measure_part(part: Sequence[Example]) -> None:
+            batch = self.send_batch(self.row_builder.collate_fn(part))
+            counts = batch.owners.bincount(minlength=len(part)).tolist()
+            for row_losses in self.target_losses(batch).split(counts):
+                losses.append(row_losses.tolist())
+
+        self.measure_size.run(measure_part, examples)
+        return losses
+
+    def caption(self, features: torch.Tensor) -> list[Caption]:
+        """Captions for the features of pictures, (pictures, ...), see `encode`."""
+        captions = []
+        for part in self.caption_size.run(self.caption_part, features):
+            captions += part
+        return captions
+
+    @torch.no_grad()
+    def caption_part(self, features: torch.Tensor) -> list[Caption]:
+        """Captions for as many pictures as fit into memory."""
+        row_builder = self.row_builder
+        prompts = torch.tensor([row_builder.prompt_ids] * len(features))
+        inputs = self.embed(self.send(features), self.send(prompts))
+        generated = self.model.language_model.generate(
+            inputs_embeds=inputs,
+            attention_mask=torch.ones_like(inputs[..., 0], dtype=int),
+            max_new_tokens=row_builder.max_tokens + 1,
+            do_sample=False,
+            num_beams=self.num_beams,
+            eos_token_id=row_builder.stop_id,
+            pad_token_id=row_builder.pad_id,
+        )
+        labels = []
+        for ids in generated.tolist():
+            if row_builder.is_t5:
+                ids = ids[1:]  # without what the decoder starts with
+            if row_builder.stop_id in ids:
+                ids = ids[: ids.index(row_builder.stop_id) + 1]
+            labels.append(ids)
+
+        captions = []
+        losses = self.losses(row_builder.build_batch(features, labels)).tolist()
+        for ids, loss in zip(labels, losses, strict=True):
+            captions.append(Caption(row_builder.decode(ids), math.exp(-loss / len(ids))))
+        return captions
+
+
+# ---- Loading the model --------------------------------------------------------------------------
+
+
+LOADING_REMEDY = f"{MEMORY_REMEDY}, set LOAD_IN_4BIT, or use a smaller MODEL_ID."
+OLD_DRIVER_REMEDY = (
+    'For a driver of CUDA 12, install an older PyTorch: pip install "torch<2.11". For a GPU before '
+    "compute capability 7.0, see PyTorch's own page of builds"
+)
 
 
 def has_kernels(major: int, minor: int, architectures: list[str]) -> bool:
@@ -538,403 +1853,658 @@ def has_kernels(major: int, minor: int, architectures: list[str]) -> bool:
 
     sm_80 runs on 8.0 to 8.9; compute_80 is compiled for any newer one.
     """
-    built = [(kind, divmod(int(number), 10)) for kind, number
-             in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures))]
-    return any(which <= (major, minor) and (kind == "compute" or which[0] == major)
-               for kind, which in built)
+    for prefix, digits in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures)):
+        built = divmod(int(digits), 10)
+        if built <= (major, minor) and (prefix == "compute" or built[0] == major):
+            return True
+    return False
 
 
-def choose_device(device: str, dtype: str, is_t5: bool,
-                  size: int) -> tuple[torch.device, torch.dtype, str]:
-    """The one decision about both, with its reason; `size` in parameters. Raises UserError."""
-    state, major, reason = PartialState(), 0, "as DEVICE says"
-    if device.startswith("cuda:") and state.num_processes > 1:
-        raise UserError(f"DEVICE is {device!r}, but each process takes a GPU of its own: say auto.")
-    if device != "cpu":
+def choose_device(
+    name: str, dtype: str, is_t5: bool, parameters: int
+) -> tuple[torch.device, torch.dtype, str]:
+    """Device and dtype for these settings and model, and the reason. Raises UserError."""
+    state = PartialState()
+    if name.startswith("cuda:") and state.num_processes > 1:
+        raise UserError(
+            f"DEVICE is {name!r}, but each process takes a GPU of its own: set it to auto."
+        )
+    device = torch.device("cpu")
+    capability = (0, 0)
+    reason = "as DEVICE says"
+    if name != "cpu":
+        gpu = torch.device(name if name.startswith("cuda:") else "cuda")
+        if gpu.index is None and state.device.index is not None:
+            gpu = state.device  # the one that accelerate chose for this process
         try:
-            index = int(device[5:] or state.local_process_index)
-            major, minor = torch.cuda.get_device_capability(index)
-            reason = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
-            built = torch.cuda.get_arch_list()
-            if torch.version.hip is None and not has_kernels(major, minor, built):
-                raise UserError(f"this PyTorch is compiled for {built}, and not for the GPU "
-                                f"({reason}). Install one for an older CUDA, or say --device cpu.")
-            device = f"cuda:{index}"
+            capability = torch.cuda.get_device_capability(gpu)
+            device = gpu
         except (AssertionError, RuntimeError) as error:  # PyTorch says why there is none
             reason = f"no GPU: {str(error).splitlines()[0].rstrip('.')}"
-            if device != "auto" or size > CPU_PARAMETERS:
-                raise UserError(f"DEVICE is {device!r}, but there is {reason}. Mend that, or say "
-                                "--device cpu, which is slow with a large model.") from error
-            device = "cpu"
-    if dtype == "auto":  # is_bf16_supported() is true by emulation on older GPUs
-        dtype = "bfloat16" if major >= 8 else "float16" if major and not is_t5 else "float32"
-    if dtype == "float16" and (device == "cpu" or is_t5):
-        raise UserError("DTYPE float16 is for OPT on a GPU; T5 overflows in it. Set it to auto; a "
-                        "run that began in it continues on a GPU, or anew by --restart.")
-    return torch.device(device), getattr(torch, dtype), reason
+            remedy = OLD_DRIVER_REMEDY if "driver" in reason else "Install a PyTorch with CUDA"
+            if name != "auto" or parameters > MAX_CPU_PARAMETERS:
+                raise UserError(
+                    f"DEVICE is {name!r}, but there is {reason}. {remedy}, or give --device cpu, "
+                    "which is slow with a large model."
+                ) from error
+
+    if device.type == "cuda":
+        major, minor = capability
+        reason = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+        architectures = torch.cuda.get_arch_list()
+        if torch.version.hip is None and not has_kernels(major, minor, architectures):
+            raise UserError(
+                f"this PyTorch is compiled for {architectures}, and not for the GPU ({reason}). "
+                f"{OLD_DRIVER_REMEDY}, or give --device cpu."
+            )
+
+    if dtype == "auto":
+        dtype = "float32"
+        if capability >= (8, 0):  # is_bf16_supported() is true by emulation on older GPUs
+            dtype = "bfloat16"
+        elif device.type == "cuda" and not is_t5:
+            dtype = "float16"
+    if dtype == "float16" and (is_t5 or device.type == "cpu"):
+        raise UserError(
+            "DTYPE float16 is for OPT on a GPU; T5 overflows in it. Set it to auto; a run that "
+            "began in it continues on a GPU, or from scratch with --restart."
+        )
+    return device, getattr(torch, dtype), reason
 
 
-class Captioner:
-    """The model in eval mode, frozen but for LoRA, and how a pair is laid out for it.
+def check_model_folder(folder: str) -> None:
+    """Raises ValueError with what is missing or damaged in a folder that should hold a model."""
+    path = Path(folder)
+    names = {entry.name for entry in path.iterdir()}
+    if "adapter_config.json" in names:
+        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise ValueError(
+            f"it is an adapter, not a model. Set MODEL_ID to its base, {base!r}, and START_FROM to "
+            "this folder to train it on"
+        )
+    if "config.json" not in names:
+        raise ValueError("there is no config.json in it; download the whole model")
 
-    OPT:     picture, BOS, prompt, caption, newline: one text, of which the last two are learned
-    Flan-T5: picture, prompt, </s> for the encoder; caption, </s> from the decoder are learned
+    weights = {"model.safetensors"}
+    index_path = path / "model.safetensors.index.json"
+    if index_path.exists():
+        weights = set(json.loads(index_path.read_text())["weight_map"].values())
+    missing = sorted(weights - names)
+    if missing:
+        other_weights = sorted(name for name in names if name.endswith((".bin", ".pt", ".ckpt")))
+        if other_weights:
+            raise ValueError(
+                f"its weights are in {other_weights[0]}, not in {missing[0]}; only safetensors are "
+                "read. Take the safetensors of the model, or save it again with save_pretrained"
+            )
+        raise ValueError(f"there is no {missing[0]} in it; download the whole model")
+    if not names & {"tokenizer.json", "vocab.json", "spiece.model"}:
+        raise ValueError("there is no tokenizer.json in it; download the whole model")
+    if not names & {"preprocessor_config.json", "processor_config.json"}:
+        raise ValueError("there is no preprocessor_config.json in it; download the whole model")
+
+    for file in sorted(path.iterdir()):
+        if file.is_file():
+            refuse_damaged_file(file)
+    for name in sorted(weights):
+        try:
+            with safe_open(path / name, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{name} is damaged, or half a download ({error}); download it again"
+            ) from error
+
+
+def refuse_damaged_file(path: Path) -> None:
+    """Raises ValueError if a file of a model is obviously not what it should be."""
+    with open(path, "rb") as file:
+        first_bytes = file.read(100)
+    other_kind = recognize(first_bytes)
+    if path.suffix in (".json", ".safetensors") and not first_bytes:
+        raise ValueError(f"{path.name} is empty; download it again")
+    if path.suffix in (".json", ".safetensors") and other_kind:
+        raise ValueError(f"{path.name} {other_kind}")
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path.name} is damaged, or half a download ({error}); download it again"
+            ) from error
+
+
+def read_config(model_id: str) -> Blip2Config:
+    """Raises ValueError for all but a BLIP-2 that writes captions with OPT or T5."""
+    config = transformers.AutoConfig.from_pretrained(model_id, trust_remote_code=False)
+    architecture = "Blip2ForConditionalGeneration"
+    if config.architectures:
+        architecture = config.architectures[0]
+    language_model = "none"
+    if hasattr(config, "text_config"):
+        language_model = config.text_config.model_type
+
+    is_blip2 = config.model_type == "blip-2" and architecture == "Blip2ForConditionalGeneration"
+    if not is_blip2 or language_model not in ("opt", "t5"):
+        raise ValueError(
+            f"it is a {config.model_type} ({architecture}, {language_model}), not a BLIP-2 that "
+            "writes captions with OPT or Flan-T5"
+        )
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            "it was saved quantized. Name the original model: LOAD_IN_4BIT quantizes it"
+        )
+    return config
+
+
+def read_processor(model_id: str, config: Blip2Config) -> Blip2Processor:
+    """Image processor and tokenizer. Raises ValueError where they don't fit the model."""
+    # The Pillow class by name: the automatic one depends on whether torchvision is installed.
+    image_processor = transformers.BlipImageProcessorPil.from_pretrained(model_id)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
+
+    size = image_processor.size["height"]
+    image_size = config.vision_config.image_size
+    if size != image_size:
+        raise ValueError(
+            f"its processor makes pictures of {size} pixels, and its vision tower reads "
+            f"{image_size}. Take both from the same model"
+        )
+    vocabulary = config.text_config.vocab_size
+    largest_id = max(tokenizer.get_vocab().values(), default=-1)
+    if largest_id < 0 or largest_id >= vocabulary:
+        raise ValueError(
+            f"its tokenizer has {largest_id + 1} tokens, and its language model {vocabulary}. Take "
+            "both from the same model"
+        )
+    return Blip2Processor(image_processor, tokenizer, config.num_query_tokens)
+
+
+def load_model(
+    settings: argparse.Namespace,
+) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
+    """BLIP-2 on its device, from safetensors and without foreign code.
+
+    Raises UserError, ValueError and what the libraries raise.
     """
+    model_id = settings.MODEL_ID
+    if os.path.isdir(model_id):
+        check_model_folder(model_id)
+    config = read_config(model_id)
+    processor = read_processor(model_id, config)
+    with torch.device("meta"):  # takes no memory
+        parameters = Blip2ForConditionalGeneration(config).num_parameters()
+    is_t5 = config.text_config.model_type == "t5"
+    device, dtype, reason = choose_device(settings.DEVICE, settings.DTYPE, is_t5, parameters)
+    print(f"device: {device}, {str(dtype).removeprefix('torch.')} ({reason})")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else pinned memory opens a context on GPU 0 too
+    elif parameters < TINY_PARAMETERS:
+        torch.set_num_threads(1)
 
-    def __init__(self, model: Blip2ForConditionalGeneration, processor: Blip2Processor,
-                 prompt: str, limit: int, beams: int) -> None:
-        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
-        self.device, self.dtype = model.device, model.language_projection.weight.dtype
-        text = model.config.text_config
-        self.is_t5, self.pad = text.model_type == "t5", text.pad_token_id
-        self.stop = text.eos_token_id  # OPT: a newline, not its tokenizer's </s>
-        self.limit, self.beams = limit, beams  # tokens of a caption; of the search for one
-        self.prefix = self.tokenizer(prompt, split_special_tokens=True).input_ids  # </s> is a word
-        self.space = " " if prompt and not self.is_t5 else ""  # a T5's decoder begins anew
-        other = "" if self.dtype == torch.float32 else ", or set DTYPE to float32"
-        self.remedy = (f"Lower LEARNING_RATE{other}, and say --restart. If that does not help, "
-                       "delete .features in TRAIN_DIR: a damaged file looks like this too.")
+    quantization = None
+    if settings.LOAD_IN_4BIT:
+        quantization = transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
+    model, loading = Blip2ForConditionalGeneration.from_pretrained(
+        model_id,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": device},
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that the error below names them
+    )
+    wrong = sorted(str(key) for key in loading["missing_keys"] | loading["mismatched_keys"])
+    if wrong:
+        raise ValueError(f"weights are missing or of another shape: {wrong[0]}")
 
-    def tokenize(self, caption: str) -> list[int]:
-        """The ids of a caption, uncut and without the stop token."""
-        return self.tokenizer(self.space + caption, add_special_tokens=False,
-                              split_special_tokens=True).input_ids
-
-    def send(self, values: Sequence | torch.Tensor) -> torch.Tensor:
-        """To the device, through pinned memory, so that nothing waits."""
-        tensor = torch.as_tensor(values)
-        tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
-        return tensor.to(self.device, non_blocking=True)
-
-    @torch.no_grad()
-    def encode(self, pixel_values: list[np.ndarray]) -> torch.Tensor:
-        """(3, height, width) each, to the Q-Former's (pictures, num_query_tokens, hidden), CPU."""
-        pixels = self.send(np.stack(pixel_values)).to(self.dtype)
-        features = self.model.get_image_features(pixels).qformer_outputs[0]
-        return features.to(self.dtype).cpu()  # the Q-Former stays in float32 beside float16
-
-    def embed(self, features: Sequence[torch.Tensor], input_ids: torch.Tensor) -> torch.Tensor:
-        """What the language model reads, (rows, tokens, width): projected features, then text."""
-        image = self.model.language_projection(self.send(torch.stack(list(features))))
-        text = self.model.get_input_embeddings()(input_ids.view(len(image), -1))
-        return torch.cat([image.to(text.dtype), text], dim=1)
-
-    def losses(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Cross-entropy in float32, summed over each row's learned tokens, (rows,)."""
-        features, learned = zip(*rows, strict=True)
-        longest = max(len(ids) for ids in learned)
-        padded = [ids + [self.pad] * (longest - len(ids)) for ids in learned]
-        if self.is_t5:  # one prefix for all, so that there is no padding to mask
-            start = self.model.config.text_config.decoder_start_token_id
-            text, answers = [self.prefix] * len(rows), [[start, *ids[:-1]] for ids in padded]
-            width, first = longest, 0
-        else:  # causal: padding on the right needs no mask; a token is predicted before it
-            text, answers = [self.prefix + ids for ids in padded], []
-            width = len(features[0]) + len(text[0])
-            first = width - longest - 1
-        # A mask or a count on the device would be waited for: all is made here, and sent at once.
-        flat = itertools.chain.from_iterable
-        numbers = [
-            list(flat(text)), list(flat(answers)), list(flat(learned)),
-            # where each learned token is predicted, and whose it is
-            [row * width + first + i for row, ids in enumerate(learned) for i in range(len(ids))],
-            [row for row, ids in enumerate(learned) for _ in ids]]
-        sent = self.send(list(flat(numbers))).split([len(some) for some in numbers])
-        input_ids, decoder_ids, targets, positions, owners = sent
-        model, inputs = self.model.language_model, self.embed(features, input_ids)
-        if self.is_t5:
-            states = model(inputs_embeds=inputs, decoder_input_ids=decoder_ids.view(len(rows), -1),
-                           use_cache=False).logits
-        else:
-            states = model.model.decoder(inputs_embeds=inputs, use_cache=False)[0]
-        logits = states.flatten(0, 1).index_select(0, positions)
-        logits = logits if self.is_t5 else model.lm_head(logits)
-        each = F.cross_entropy(logits.float(), targets, reduction="none")
-        return each.new_zeros(len(rows)).index_add(0, owners, each)
-
-    @torch.no_grad()
-    def caption(self, features: Sequence[torch.Tensor]) -> list[tuple[str, float]]:
-        """Captions for pictures, (num_query_tokens, hidden) each, and how sure the model is.
-
-        That is the geometric mean of the probabilities of the ids, stop token included.
-        """
-        inputs = self.embed(features, self.send(self.prefix * len(features)))
-        output = self.model.language_model.generate(
-            inputs_embeds=inputs, attention_mask=torch.ones_like(inputs[..., 0], dtype=int),
-            max_new_tokens=self.limit + 1, do_sample=False, num_beams=self.beams,
-            eos_token_id=self.stop, pad_token_id=self.pad).tolist()
-        output = [ids[self.is_t5 :] for ids in output]  # what a T5's decoder starts with
-        output = [ids[: ids.index(self.stop) + 1] if self.stop in ids else ids for ids in output]
-        losses = self.losses([Row(*row) for row in zip(features, output, strict=True)]).tolist()
-        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
-        return [(" ".join(text.split()), math.exp(-loss / len(ids)))
-                for text, loss, ids in zip(texts, losses, output, strict=True)]
-
-
-def load_captioner(settings: argparse.Namespace) -> Captioner:
-    """BLIP-2 from safetensors, without foreign code. Raises UserError."""
-    model_id, in_4bit = settings.MODEL_ID, settings.LOAD_IN_4BIT
-    print(f"model: {printable(model_id)}")
-    try:
-        config = transformers.AutoConfig.from_pretrained(model_id, trust_remote_code=False)
-        text = getattr(config, "text_config", config)
-        kind = (config.architectures or ["Blip2ForConditionalGeneration"])[0]
-        if (config.model_type, kind) != ("blip-2", "Blip2ForConditionalGeneration") or (
-                text.model_type not in ("opt", "t5")):
-            raise ValueError(f"it is a {config.model_type} ({kind}, {text.model_type}), not a "
-                             "BLIP-2 that writes captions with OPT or Flan-T5")
-        with torch.device("meta"):
-            size = Blip2ForConditionalGeneration(config).num_parameters()
-        device, dtype, reason = choose_device(settings.DEVICE, settings.DTYPE,
-                                              text.model_type == "t5", size)
-        print(f"device: {device}, {str(dtype).removeprefix('torch.')} ({reason})")
-        # The Pillow class by name: the automatic one depends on whether torchvision is installed.
-        image_processor = transformers.BlipImageProcessorPil.from_pretrained(model_id)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
-        processor = Blip2Processor(image_processor, tokenizer, config.num_query_tokens)
-        nf4 = transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
-        model, loading = Blip2ForConditionalGeneration.from_pretrained(
-            model_id, dtype=dtype, quantization_config=nf4 if in_4bit else None,
-            device_map={"": device}, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True)  # they are an error here
-        if wrong := sorted(map(str, loading["missing_keys"] | loading["mismatched_keys"])):
-            raise ValueError(f"weights are missing or of another shape: {wrong[0]}")
-    except Exception as error:  # missing and damaged files raise a dozen kinds
-        if isinstance(error, UserError) or re.search(OUT_OF_MEMORY, str(error)):
-            raise
-        why = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"can't load MODEL_ID {model_id!r}: {why}. Check name and network; a "
-                        "private model needs `hf auth login`.") from error
     for module in model.modules():
         # With avx512_bf16, bitsandbytes would repack 4-bit weights in place in the first forward
         # pass without gradients, for inference only: training on them is wrong from then on.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if device.type == "cpu" and size < TINY_PARAMETERS:
-        torch.set_num_threads(1)
+    return model.eval().requires_grad_(False), processor
+
+
+def explain_loading_error(model_id: str, error: Exception) -> str:
+    """Why a model can't be loaded, in the words of what failed, and what to do."""
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    sentence = f"can't load MODEL_ID {model_id!r}: {reason}."
+    if "driver" in reason or "no kernel image" in reason:
+        return f"{sentence} {OLD_DRIVER_REMEDY}, or give --device cpu."
+    if "bitsandbytes" in reason:
+        return f"{sentence} Install one for this CUDA: pip install --upgrade bitsandbytes."
+    if not isinstance(error, OSError) or os.path.isdir(model_id):
+        return sentence
+
+    # What the Hub's libraries can't find or fetch is an OSError.
+    if os.path.exists(model_id):
+        return f"can't load MODEL_ID {model_id!r}: it is a file. Name the folder of a model."
+    if model_id.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id):
+        return f"can't load MODEL_ID {model_id!r}: there is no such folder."
+    return (
+        f"{sentence} There is no such folder, so it was looked up on the Hub: check the name and "
+        "the network; a private model needs `hf auth login`."
+    )
+
+
+def load_captioner(settings: argparse.Namespace) -> Captioner:
+    """The model that the settings name. Raises UserError."""
+    print(f"model: {printable(settings.MODEL_ID)}")
+    try:
+        model, processor = load_model(settings)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise many kinds
+        if is_out_of_memory(error):
+            raise UserError(f"the model needs more memory: {error}. {LOADING_REMEDY}") from error
+        raise UserError(explain_loading_error(settings.MODEL_ID, error)) from error
     print(f"memory: {model.get_memory_footprint() / 1e9:.3g} GB for the weights")
-    model.eval().requires_grad_(False)
-    captioner = Captioner(model, processor, settings.PROMPT, settings.MAX_CAPTION_TOKENS,
-                          settings.NUM_BEAMS)
-    room = getattr(text, "max_position_embeddings", math.inf)
-    if config.num_query_tokens + len(captioner.prefix) + captioner.limit + 1 > room:
-        raise UserError(f"picture, PROMPT and MAX_CAPTION_TOKENS = {captioner.limit} need more "
-                        f"than the {room} positions of this model. Lower MAX_CAPTION_TOKENS.")
+
+    limit = settings.MAX_CAPTION_TOKENS
+    layers = find_lora_layers(model, settings.LORA_TARGETS)
+    trains_qformer = any(name.startswith("qformer.") for name in layers)
+    captioner = Captioner(
+        model, processor, settings.PROMPT, limit, settings.NUM_BEAMS, trains_qformer
+    )
+    prompt_length = len(captioner.row_builder.prompt_ids)
+    needed = model.config.num_query_tokens + prompt_length + limit + 1
+    available = getattr(model.config.text_config, "max_position_embeddings", math.inf)
+    if needed > available:
+        raise UserError(
+            f"picture, PROMPT and MAX_CAPTION_TOKENS = {limit} need more than the {available} "
+            "positions of this model. Lower MAX_CAPTION_TOKENS."
+        )
     return captioner
 
 
-def add_lora(model: Blip2ForConditionalGeneration, targets: str, rank: int, alpha: float,
-             dropout: float) -> PeftModel:
-    """LoRA (Hu et al. 2021, arXiv:2106.09685) put into `model` where `targets` matches names.
+def find_lora_layers(model: Blip2ForConditionalGeneration, targets: str) -> list[str]:
+    """Names of the layers that LORA_TARGETS matches.
 
-    Raises UserError where that is nowhere, or outside the language model's linear layers.
+    Raises UserError where these are none, or not only linear layers after the vision tower.
     """
     pattern = LORA_PATTERNS.get(targets, targets)
-    linear = {name for name, module in model.language_model.named_modules(prefix="language_model")
-              if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")}
+    linear = set()
+    for name, module in model.named_modules():
+        is_after = not name.startswith("vision_model.") and not name.endswith("lm_head")
+        if isinstance(module, torch.nn.Linear) and is_after:
+            linear.add(name)
     matched = {name for name, _ in model.named_modules() if re.fullmatch(pattern, name)}
     if not matched or matched - linear:
-        kinds = sorted({re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in linear})
-        raise UserError("\n  ".join([
-            f"LORA_TARGETS {targets!r} must be attention, all-linear, or match some of these:",
-            *kinds, f"and nothing else. Now it matches {sorted(matched)[:3] or 'nothing'}."]))
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern)
+        patterns = sorted({re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in linear})
+        lines = [
+            f"LORA_TARGETS {targets!r} must be {', '.join(LORA_PATTERNS)}, or match some of these:",
+            *patterns,
+            f"and nothing else. Now it matches {sorted(matched)[:3] or 'nothing'}.",
+        ]
+        raise UserError("\n  ".join(lines))
+    return sorted(matched)
+
+
+def add_lora(
+    model: Blip2ForConditionalGeneration, targets: str, rank: int, alpha: float, dropout: float
+) -> PeftModel:
+    """Puts LoRA (Hu et al. 2021, arXiv:2106.09685) into `model`, which PEFT changes in place.
+
+    Raises UserError as find_lora_layers.
+    """
+    layers = find_lora_layers(model, targets)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=LORA_PATTERNS.get(targets, targets),
+    )
     adapter = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
     count, _ = adapter.get_nb_trainable_parameters()
-    print(f"LoRA: {count:,} weights, of rank {rank}, on {len(matched)} linear layers")
+    print(f"LoRA: {count:,} weights, of rank {rank}, on {len(layers)} linear layers")
     return adapter
 
 
-# ---- Features: what the frozen vision side says of a picture, computed once ---------------------
+# ---- Features: the frozen vision side's output for a picture, computed once ---------------------
 
 
 def hash_vision_side(captioner: Captioner) -> str:
-    """Of all that changes the features: weights, processor, dtype, decoding."""
-    words = [captioner.dtype, DECODING, captioner.processor.image_processor.to_json_string()]
+    """A hash of all that changes the features: weights, processor, dtype, decoder."""
+    words = [captioner.dtype, DECODER_VERSION, captioner.processor.image_processor.to_json_string()]
+    if captioner.trains_qformer:
+        words.append("patches")
     for name, tensor in captioner.model.state_dict().items():
         if name.startswith(("vision_model.", "qformer.", "query_tokens")):
             words += [name, tensor.shape, torch.hash_tensor(tensor).item()]
     return hashlib.sha256(" ".join(map(str, words)).encode()).hexdigest()[:16]
 
 
-def feature_folder(train_dir: str, output_dir: str, key: str) -> Path:
-    """TRAIN_DIR/.features/<key>, or, where that can't be written, OUTPUT_DIR.features/<key>."""
-    folder = Path(train_dir, ".features")
-    if not os.access(folder if folder.exists() else train_dir, os.W_OK):
-        folder = Path(f"{output_dir}.features")
-    (folder / key).mkdir(parents=True, exist_ok=True)
-    return folder / key
+def make_feature_folder(train_dir: str, output: Path, vision_side: str) -> Path:
+    """In TRAIN_DIR/.features, or, where that can't be written, in OUTPUT_DIR.features."""
+    parent = Path(train_dir, ".features")
+    if not os.access(parent if parent.exists() else train_dir, os.W_OK):
+        parent = Path(f"{output}.features")
+    folder = parent / vision_side
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def picture_key(path: str, root: str) -> str:
-    """By these a picture is known again: relative path, size, time of the last change."""
+    """By these a picture is the same in other runs: its relative path and its size in bytes."""
+    name = relative(path, root)
     try:
-        state = os.stat(path)
-        return f"{relative(path, root)} {state.st_size} {state.st_mtime_ns}"
+        return f"{name} {os.stat(path).st_size}"
     except OSError:
-        return f"{relative(path, root)} is not there"
+        return f"{name} is not there"
 
 
-def list_features(folder: Path) -> dict[str, tuple[Path, int]]:
-    """File and row of the features of each picture_key: what all processes have written."""
-    slots = {}
-    for file in folder.glob("*.safetensors"):
-        with contextlib.suppress(SafetensorError), safe_open(file, "pt") as batch:  # damaged:
-            for row, key in enumerate(json.loads(batch.metadata()["pictures"])):  # encoded anew
-                slots[key] = file, row
-    return slots
+def feature_name(path: str, root: str) -> str:
+    """The name of the file of a picture's features: another one when the picture has changed."""
+    key = picture_key(path, root)
+    with contextlib.suppress(OSError):  # it is not there any more
+        key += f" {os.stat(path).st_mtime_ns}"
+    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32] + ".safetensors"
 
 
-def encode_pictures(captioner: Captioner, pictures: list[str], root: str, folder: Path,
-                    workers: int) -> tuple[dict[str, tuple[Path, int]], list[Skipped]]:
-    """Encodes what is not known. Returns where the features of each picture are, and who has none.
+def save_features(path: Path, features: torch.Tensor) -> None:
+    """Writes a temporary file with a unique name, as another run may write the same, and renames.
 
-    Each batch is a file of its own, so that no two processes write the same one. Raises UserError.
+    It is not flushed to the disk: after a power failure a damaged file is computed again.
     """
-    keys = {picture: picture_key(picture, root) for picture in pictures}
-    known, skipped = list_features(folder), []
-    new = [picture for picture, key in keys.items() if key not in known]
-    print(f"pictures: {len(new)} to encode, {len(keys) - len(new)} known from an earlier run")
-    PartialState().wait_for_everyone()  # what one has encoded would be missing in another's list
+    temporary = path.with_name(f"{uuid.uuid4().hex}.part")
+    try:
+        temporary.write_bytes(save({"features": features}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_features(path: Path) -> torch.Tensor:
+    """The features of a picture, see Captioner.encode. Raises UserError if they are damaged."""
+    try:
+        return load_file(path)["features"]
+    except (OSError, SafetensorError, KeyError) as error:
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"the features of a picture in {str(path)!r} could not be read ({error}). The file has "
+            "been removed: the same command computes it again, and continues."
+        ) from error
+
+
+def list_known(folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> set[str]:
+    """Names of the feature files in a folder that are whole: they have the size that is right."""
+    size = len(save({"features": torch.zeros(shape, dtype=dtype)}))
+    known = set()
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # another run has just renamed it
+            if entry.stat().st_size == size:
+                known.add(entry.name)
+    return known
+
+
+def encode_pictures(
+    captioner: Captioner,
+    pictures: list[str],
+    root: str,
+    folder: Path,
+    workers: int,
+    findings: Findings,
+) -> dict[str, Path]:
+    """The file with the features of each picture that can be read. Raises UserError."""
+    state = PartialState()
+    files = {picture: folder / feature_name(picture, root) for picture in pictures}
+    shape = captioner.feature_shape()
+    known = list_known(folder, shape, captioner.dtype)
+    new = [picture for picture, file in files.items() if file.name not in known]
+    # The first process decides, since another run may be writing into the folder.
+    [new] = broadcast_object_list([new])
+    print(f"pictures: {len(new)} to encode, {len(files) - len(new)} known from an earlier run")
+    if state.is_main_process:
+        refuse_full_disk(folder, len(new) * math.prod(shape) * captioner.dtype.itemsize)
+
+    encoding = Findings()
     processor = captioner.processor.image_processor
-    for pixels in read_pictures(share(new), processor, workers, "encoding", skipped):
-        features = captioner.encode([*pixels.values()])
-        names = json.dumps([keys[picture] for picture in pixels])
-        write_whole(folder / f"{uuid.uuid4().hex}.safetensors",
-                    save({"features": features}, {"pictures": names}))
-    skipped = sorted(gather_object(skipped))  # which also waits for all
-    known, broken = list_features(folder), {path for path, _ in skipped}
-    if any(key not in known and picture not in broken for picture, key in keys.items()):
+    for pixels in read_pictures(share(new), processor, workers, "encoding", encoding):
+        features = captioner.encode(list(pixels.values()))
+        for picture, picture_features in zip(pixels, features, strict=True):
+            save_features(files[picture], picture_features)
+
+    # These also wait for all processes.
+    encoding.skipped = gather_object(encoding.skipped)
+    encoding.one_colour = gather_object(encoding.one_colour)
+    print_findings(encoding, show_all=False)
+    findings.skipped += encoding.skipped
+    findings.one_colour += encoding.one_colour
+    for path, _ in encoding.skipped:
+        files.pop(path, None)
+    if not all(file.exists() for file in files.values()):
         raise UserError(NOT_SHARED)
-    return {picture: known[key] for picture, key in keys.items() if key in known}, skipped
+    return files
 
 
-load_features = functools.lru_cache(maxsize=4096)(load_file)  # maps a file; reads what is used
+def refuse_full_disk(folder: Path, needed: int) -> None:
+    """Tells what features of this many bytes take; raises UserError if the disk has less."""
+    free = shutil.disk_usage(folder).free
+    if needed > 1_000_000_000:
+        print(f"  they will take {needed / 1e9:.1f} GB in {printable(str(folder))}")
+    if needed > free:
+        raise UserError(
+            f"the features of the pictures need {needed / 1e9:.1f} GB, and the disk of "
+            f"{str(folder)!r} has {free / 1e9:.1f} GB. Make room there."
+        )
 
 
 # ---- Datasets -----------------------------------------------------------------------------------
 
 
 class ImageCaptioningDataset:
-    """A Row for each pair, and the pictures with all their captions."""
+    """An Example for each pair whose picture can be read."""
 
-    def __init__(self, pairs: list[Pair], slots: dict, captioner: Captioner) -> None:
-        self.pairs, self.slots, self.captioner = pairs, slots, captioner
-        self.references = defaultdict(list)  # picture: its captions
+    def __init__(
+        self, pairs: list[Pair], feature_files: dict[str, Path], row_builder: RowBuilder
+    ) -> None:
+        self.pairs = pairs
+        self.feature_files = feature_files  # by picture
+        # How many tokens each pair teaches: losses are per token, and steps sorted by length.
+        self.token_counts = [len(row_builder.label_ids(pair.caption)) for pair in pairs]
+        self.references = defaultdict(list)  # all captions, by picture
         for picture, caption in pairs:
             self.references[picture].append(caption)
-        ids = {caption: captioner.tokenize(caption) for caption in {pair.caption for pair in pairs}}
-        limit, stop = captioner.limit, captioner.stop
-        self.learned = {caption: [*some[:limit], stop] for caption, some in ids.items()}
-        self.cut = sum(len(some) > limit for some in ids.values())
-        self.unknown = sum(captioner.tokenizer.unk_token_id in some for some in ids.values())
-        self.tokens = [len(self.learned[pair.caption]) for pair in pairs]  # learned ones
+        self.read_ahead: dict[int, Example] = {}
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def features(self, picture: str) -> torch.Tensor:
-        """(num_query_tokens, hidden)."""
-        file, row = self.slots[picture]
-        return load_features(file)["features"][row]
+    def count_tokens(self, indices: Iterable[int]) -> int:
+        """How many tokens these pairs teach."""
+        return sum(self.token_counts[i] for i in indices)
 
-    def __getitem__(self, index: int) -> Row:
+    def load_picture(self, picture: str) -> torch.Tensor:
+        """The features of a picture, see Captioner.encode."""
+        return load_features(self.feature_files[picture])
+
+    def __getitem__(self, index: int) -> Example:
+        if index in self.read_ahead:
+            return self.read_ahead[index]
         picture, caption = self.pairs[index]
-        return Row(self.features(picture), self.learned[caption])
+        return Example(self.load_picture(picture), caption)
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Reads the examples that are wanted next, and forgets those before."""
+        self.read_ahead = {index: self[index] for index in indices}
 
 
 class Datasets(NamedTuple):
     training: ImageCaptioningDataset
     held_out: ImageCaptioningDataset
-    captioned: list[str]  # the held-out pictures that are captioned before and after
+    to_caption: list[str]  # the held-out pictures that are captioned before and after
 
 
-def split_pairs(pairs: list[Pair], fraction: float, seed: int,
-                root: str) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs: all pairs of a picture are on one side.
+def split_pairs(
+    pairs: list[Pair], fraction: float, seed: int, root: str, copies: dict[str, str]
+) -> tuple[list[Pair], list[Pair]]:
+    """Training and held-out pairs: all pairs of a picture, and of its copies, are on one side.
 
-    Pictures are ranked by a hash of seed and path: a new one does not reshuffle the rest.
+    Pictures are ranked by a hash of seed and path: a new one does not reshuffle the others.
     """
-    ranked = sorted({pair.picture for pair in pairs}, key=lambda picture: hashlib.sha256(
-        f"{seed} {relative(picture, root)}".encode(errors="surrogateescape")).digest())
-    count = min(len(ranked) - 1, max(1, round(len(ranked) * fraction))) if fraction else 0
+
+    def rank(picture: str) -> bytes:
+        name = f"{seed} {relative(picture, root)}"
+        return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+
+    originals = {copies.get(pair.picture, pair.picture) for pair in pairs}
+    ranked = sorted(originals, key=rank)
+    count = 0
+    if fraction:
+        count = max(1, round(len(ranked) * fraction))
+        count = min(count, len(ranked) - 1)  # something must be left to train on
     held_out = set(ranked[:count])
-    return ([pair for pair in pairs if pair.picture not in held_out],
-            [pair for pair in pairs if pair.picture in held_out])
+
+    training_pairs = []
+    held_out_pairs = []
+    for pair in pairs:
+        if copies.get(pair.picture, pair.picture) in held_out:
+            held_out_pairs.append(pair)
+        else:
+            training_pairs.append(pair)
+    return training_pairs, held_out_pairs
 
 
-def build_datasets(settings: argparse.Namespace, captioner: Captioner, data: Data,
-                   feature_dir: Path) -> tuple[Datasets, list[Skipped]]:
-    """What is trained and measured on, and what can't be read. Raises UserError for nothing."""
-    pictures = list(dict.fromkeys(pair.picture for pair in data.pairs + data.validation))
-    slots, broken = encode_pictures(captioner, pictures, settings.TRAIN_DIR, feature_dir,
-                                    settings.NUM_WORKERS)
-    for part in (captioner.model.vision_model, captioner.model.qformer):
-        part.to("meta")  # its work is done, and its memory is for training
-    print_skipped(data.skipped + broken)
-    pairs, validation = ([pair for pair in some if pair.picture in slots]
-                         for some in (data.pairs, data.validation))
-    if not pairs or (settings.VALIDATION_DIR and not validation):
-        folder = settings.VALIDATION_DIR if pairs else settings.TRAIN_DIR
-        raise UserError(f"not one picture in {folder!r} can be read. --check says why.")
+def list_readable(pairs: list[Pair], feature_files: dict[str, Path], folder: str) -> list[Pair]:
+    """The pairs whose pictures could be read. Raises UserError if that is none of them."""
+    readable = [pair for pair in pairs if pair.picture in feature_files]
+    if pairs and not readable:
+        raise UserError(f"no picture in {folder!r} can be read. --check lists the reasons.")
+    return readable
+
+
+def build_datasets(
+    settings: argparse.Namespace,
+    data: Data,
+    feature_files: dict[str, Path],
+    row_builder: RowBuilder,
+) -> Datasets:
+    """What is trained and measured on. Raises UserError where nothing is left."""
+    training_pairs = list_readable(data.pairs, feature_files, settings.TRAIN_DIR)
+    held_out_pairs = list_readable(data.validation, feature_files, settings.VALIDATION_DIR)
     if not settings.VALIDATION_DIR:
-        pairs, validation = split_pairs(pairs, settings.VALIDATION_FRACTION, settings.SEED,
-                                        settings.TRAIN_DIR)
-    training, held_out = (ImageCaptioningDataset(some, slots, captioner)
-                          for some in (pairs, validation))
-    print(f"pairs: {len(pairs)} to train on, {len(validation)} held out")
-    if cut := training.cut + held_out.cut:
-        print(f"cut: {cut} captions, at MAX_CAPTION_TOKENS = {captioner.limit} tokens")
-    if unknown := training.unknown + held_out.unknown:
-        print(f"unknown: {unknown} captions have letters that this language model does not know")
-    (features, learned), text = training[0], captioner.tokenizer.decode
-    row = f"<image> x {len(features)} | {text(captioner.prefix)} | [{text(learned[:-1])} | "
-    print(f"row: {printable(row)}{text(learned[-1:])!r}]  ([...] is learned)")
-    most = sys.maxsize if settings.VALIDATION_DIR else GENERATED
-    return Datasets(training, held_out, spread(list(held_out.references), most)), broken
+        copies = find_copies(pair.picture for pair in training_pairs)
+        if copies and settings.VALIDATION_FRACTION:
+            one = "picture is a copy of another, and was kept on the same side"
+            many = "pictures are copies of others, and were kept on the same side"
+            print(count_of(len(copies), one, many))
+        training_pairs, held_out_pairs = split_pairs(
+            training_pairs,
+            settings.VALIDATION_FRACTION,
+            settings.SEED,
+            settings.TRAIN_DIR,
+            copies,
+        )
+    training = ImageCaptioningDataset(training_pairs, feature_files, row_builder)
+    held_out = ImageCaptioningDataset(held_out_pairs, feature_files, row_builder)
+    to_caption = list(held_out.references)
+    if not settings.VALIDATION_DIR:
+        to_caption = spread(to_caption, MAX_CAPTIONED)
+    return Datasets(training, held_out, to_caption)
+
+
+def describe_datasets(datasets: Datasets, row_builder: RowBuilder) -> None:
+    """Prints how many pairs there are, what the model does not see as it is, and one row."""
+    training, held_out, _ = datasets
+    print(f"pairs: {len(training)} to train on, {len(held_out)} held out")
+    cut = 0
+    unknown = 0
+    for caption in {pair.caption for pair in training.pairs + held_out.pairs}:
+        ids = row_builder.tokenize(caption)
+        if len(ids) > row_builder.max_tokens:
+            cut += 1
+        if row_builder.tokenizer.unk_token_id in ids:
+            unknown += 1
+    if cut:
+        limit = row_builder.max_tokens
+        what = count_of(cut, "caption is", "captions are")
+        print(f"cut: {what} longer than MAX_CAPTION_TOKENS = {limit} tokens")
+    if unknown:
+        what = count_of(unknown, "caption has", "captions have")
+        print(f"unknown: {what} characters that this language model does not know")
+
+    decode = row_builder.tokenizer.decode
+    label_ids = row_builder.label_ids(training.pairs[0].caption)
+    parts = [
+        f"<image> x {row_builder.num_query_tokens}",
+        decode(row_builder.prompt_ids),
+        f"[{decode(label_ids[:-1])}",
+        f"{decode(label_ids[-1:])!r}]",
+    ]
+    print(f"row: {printable(' | '.join(parts))}  ([...] is learned)")
 
 
 # ---- Measuring ----------------------------------------------------------------------------------
 
 
-def batches(items: Sequence, title: str) -> Iterator[Sequence]:
-    """This process's items, INFERENCE_BATCH at a time, with a progress bar."""
+def own_batches(items: Sequence, title: str) -> Iterator[Sequence]:
+    """This process's share, INFERENCE_BATCH at a time, with a progress bar."""
     own = share(items)
     for start in tqdm(range(0, len(own), INFERENCE_BATCH), title, disable=None, leave=False):
         yield own[start : start + INFERENCE_BATCH]
 
 
-@torch.no_grad()
-def measure_losses(dataset: ImageCaptioningDataset) -> torch.Tensor:
-    """The loss of each pair, summed over its learned tokens, (pairs,), on the CPU."""
-    losses = torch.zeros(len(dataset), device=dataset.captioner.device)
-    for indices in batches(range(len(dataset)), "measuring"):
-        losses[list(indices)] = dataset.captioner.losses([dataset[i] for i in indices])
-    return reduce(losses, "sum").cpu()
+def measure_losses(captioner: Captioner, dataset: ImageCaptioningDataset) -> torch.Tensor:
+    """The loss of each pair, summed over its tokens, (pairs,), on the CPU."""
+    losses = torch.zeros(len(dataset))
+    if not len(dataset):
+        return losses
+    for indices in own_batches(range(len(dataset)), "measuring"):
+        losses[list(indices)] = captioner.measure([dataset[i] for i in indices])
+    return reduce(losses.to(captioner.device), "sum").cpu()
 
 
-def held_out_loss(held_out: ImageCaptioningDataset) -> float:
-    """Per learned token; NaN with nothing held out. Raises UserError if it is not finite."""
+def held_out_loss(captioner: Captioner, held_out: ImageCaptioningDataset) -> float:
+    """Per token; NaN with nothing held out."""
     if not len(held_out):
         return math.nan
-    loss = measure_losses(held_out).sum().item() / sum(held_out.tokens)
-    if not math.isfinite(loss):
-        raise UserError(f"the held-out loss is {loss}. {held_out.captioner.remedy}")
-    return loss
+    return measure_losses(captioner, held_out).sum().item() / sum(held_out.token_counts)
 
 
-def caption_held_out(datasets: Datasets) -> list[tuple[str, float]]:
-    """A caption and its confidence for each picture that is captioned."""
-    captions, held_out = {}, datasets.held_out
-    for pictures in batches(datasets.captioned, "captioning"):
-        texts = held_out.captioner.caption([held_out.features(path) for path in pictures])
-        captions |= zip(pictures, texts, strict=True)
-    captions = dict(gather_object(list(captions.items())))
-    return [captions[picture] for picture in datasets.captioned]
+def caption_held_out(captioner: Captioner, datasets: Datasets) -> list[Caption]:
+    """A caption for each picture that is captioned."""
+    captioned = []
+    for pictures in own_batches(datasets.to_caption, "captioning"):
+        features = [datasets.held_out.load_picture(picture) for picture in pictures]
+        captioned += zip(pictures, captioner.caption(torch.stack(features)), strict=True)
+    by_picture = dict(gather_object(captioned))  # of all processes
+    return [by_picture[picture] for picture in datasets.to_caption]
 
 
-class Captioned(NamedTuple):
-    """A held-out picture: a row of held_out.csv."""
+def list_hard_words(captioner: Captioner, dataset: ImageCaptioningDataset) -> dict[str, float]:
+    """The ten words with the highest loss, of those that are in many captions; and their losses.
+
+    That is the mean over the tokens of the word. "" is the mean of all words.
+    """
+    tokenizer = captioner.row_builder.tokenizer
+    losses_by_caption = []
+    for indices in own_batches(range(len(dataset)), "measuring words"):
+        examples = [dataset[i] for i in indices]
+        for example, losses in zip(examples, captioner.measure_tokens(examples), strict=True):
+            text = captioner.row_builder.space + example.caption
+            encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+            losses_by_word = defaultdict(list)
+            for word_id, loss in zip(encoding.word_ids(), losses, strict=False):  # it may be cut
+                span = encoding.word_to_chars(word_id)
+                losses_by_word[text[span.start : span.end].strip()].append(loss)
+            losses_by_caption.append(dict(losses_by_word))
+
+    losses_by_word = defaultdict(list)  # in each caption, the mean
+    for caption_losses in gather_object(losses_by_caption):
+        for word, losses in caption_losses.items():
+            losses_by_word[word].append(sum(losses) / len(losses))
+    means = {word: sum(losses) / len(losses) for word, losses in losses_by_word.items()}
+    overall = sum(means[word] * len(losses) for word, losses in losses_by_word.items())
+    few = max(5, 0.05 * len(dataset))
+    common = [word for word, losses in losses_by_word.items() if len(losses) >= few]
+    hardest = sorted(common, key=lambda word: -means[word])[:10]
+    count = sum(len(losses) for losses in losses_by_word.values())
+    return {"": overall / max(1, count)} | {word: means[word] for word in hardest}
+
+
+class CaptionedPicture(NamedTuple):
+    """A held-out picture before and after training: a row of held_out.csv."""
 
     picture: str
     references: list[str]  # all its captions
@@ -943,10 +2513,13 @@ class Captioned(NamedTuple):
     confidence: float  # in the one after
 
 
-def count_ngrams(caption: str) -> Counter:
-    """Its n-grams of one to four words."""
+def count_ngrams(caption: str) -> dict[int, Counter]:
+    """How often it has each n-gram, for n from one to four words."""
     words = re.findall(r"\w+(?:'\w+)?", caption.lower())
-    return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+    counts = {}
+    for n in range(1, 5):
+        counts[n] = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+    return counts
 
 
 def cider_d(captions: list[str], references: list[list[str]]) -> float:
@@ -954,360 +2527,1192 @@ def cider_d(captions: list[str], references: list[list[str]]) -> float:
 
     `references` are those of each picture; idf is taken from them. 0 where it can say nothing.
     """
-    counts = [[count_ngrams(text) for text in texts] for texts in references]
-    documents = Counter(gram for texts in counts for gram in set().union(*texts))
+    reference_counts = []
+    pictures_with = Counter()  # in how many pictures' references an n-gram is
+    for texts in references:
+        counts_of_texts = [count_ngrams(text) for text in texts]
+        reference_counts.append(counts_of_texts)
+        ngrams_of_picture = set()
+        for counts in counts_of_texts:
+            for n in counts:
+                ngrams_of_picture.update(counts[n])
+        pictures_with.update(ngrams_of_picture)
 
-    def compare(ours: Counter, theirs: Counter) -> float:
-        """The mean over n of the clipped cosine, less where lengths, in pairs of words, differ."""
-        total, lengths = 0.0, [sum(len(gram) == 2 for gram in grams.elements())
-                               for grams in (ours, theirs)]
-        for n in range(1, 5):
-            mine, other = (
-                {gram: count * math.log(len(references) / max(1, documents[gram]))
-                 for gram, count in grams.items() if len(gram) == n} for grams in (ours, theirs))
-            norms = math.hypot(*mine.values()) * math.hypot(*other.values())
-            dot = sum(min(mine[gram], x) * x for gram, x in other.items() if gram in mine)
-            total += dot / norms if norms else 0.0
-        return total / 4 * math.exp(-((lengths[0] - lengths[1]) ** 2) / 72)
+    def weigh(counts: Counter) -> dict[tuple[str, ...], float]:
+        """tf-idf of n-grams."""
+        weights = {}
+        for ngram, count in counts.items():
+            weights[ngram] = count * math.log(len(references) / max(1, pictures_with[ngram]))
+        return weights
 
-    scores = [sum(compare(count_ngrams(caption), text) for text in texts) / len(texts)
-              for caption, texts in zip(captions, counts, strict=True)]
+    def compare(ours: dict[int, Counter], theirs: dict[int, Counter]) -> float:
+        """The mean over n of the clipped cosine, less where the lengths, in bigrams, differ."""
+        cosines = []
+        for n in ours:
+            our_weights = weigh(ours[n])
+            their_weights = weigh(theirs[n])
+            dot = 0.0
+            for ngram, weight in their_weights.items():
+                if ngram in our_weights:
+                    dot += min(our_weights[ngram], weight) * weight
+            norms = math.hypot(*our_weights.values()) * math.hypot(*their_weights.values())
+            cosines.append(dot / norms if norms else 0.0)
+        difference = ours[2].total() - theirs[2].total()
+        return sum(cosines) / len(cosines) * math.exp(-(difference**2) / 72)
+
+    scores = []
+    for caption, counts_of_texts in zip(captions, reference_counts, strict=True):
+        ours = count_ngrams(caption)
+        similarities = [compare(ours, theirs) for theirs in counts_of_texts]
+        scores.append(sum(similarities) / len(similarities))
     return 10 * sum(scores) / len(scores)
 
 
-def measure(rows: list[Captioned], when: str) -> dict[str, float | None]:
+def measure_captions(captions: list[str], references: list[list[str]]) -> dict[str, float | None]:
     """The share of captions equal to a reference, and CIDEr-D; None where they say nothing."""
-    captions, references = [getattr(row, when) for row in rows], [row.references for row in rows]
-    exact = [text in texts for text, texts in zip(captions, references, strict=True)]
-    alike = len({text for texts in references for text in texts}) < 2
-    return {"exact": sum(exact) / len(exact) if exact else None,
-            "cider_d": None if alike or len(rows) < 2 else cider_d(captions, references)}
+    measures: dict[str, float | None] = {"exact": None, "cider_d": None}
+    if captions:
+        equal = [caption in texts for caption, texts in zip(captions, references, strict=True)]
+        measures["exact"] = sum(equal) / len(equal)
+    different = {text for texts in references for text in texts}
+    if len(captions) > 1 and len(different) > 1:
+        measures["cider_d"] = cider_d(captions, references)
+    return measures
 
 
-# ---- Training -----------------------------------------------------------------------------------
+# ---- The learner: LoRA's weights, and all that changes them -------------------------------------
 
 
-@functools.lru_cache(maxsize=1)
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of `count` pairs in an epoch: a pure function."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=generator).tolist()
+class StepResult(NamedTuple):
+    """What all processes have found in a step."""
 
-
-def learning_rate(step: int, steps: int, highest: float, warmup_fraction: float) -> float:
-    """Linear warm-up, above zero at step 0, then a cosine to zero."""
-    warmup = round(steps * warmup_fraction)
-    if step < warmup:
-        return highest * (step + 1) / (warmup + 1)
-    return highest * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
-
-
-@contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Within, the first Ctrl-C or SIGTERM is noted in the list. A second one kills at once."""
-    noted: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        noted.append(number)
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    pair_losses: list[float]  # summed over the tokens of each
+    stop: bool  # at least one of them has been told to stop
+    norm: float  # of the gradient
 
 
 class Learner:
-    """LoRA's weights and all that changes them.
+    """AdamW on one float32 vector, `master`, which holds all of LoRA's weights.
 
-    AdamW works on one float32 vector, `master`. The weights are parts of it, or, in a model of
-    another dtype, copies of its parts.
+    The weights in the model are views of its parts, or, in a model of another dtype, copies. Those
+    of the Q-Former and the projection come first, then those of the language model. Where LoRA is
+    in both, the Q-Former learns alone at first: the language model learns so much faster that it
+    would leave the Q-Former nothing to learn.
     """
 
-    def __init__(self, captioner: Captioner, adapter: PeftModel, weight_decay: float) -> None:
-        self.captioner, self.adapter = captioner, adapter
-        named = {n: weight for n, weight in adapter.named_parameters() if weight.requires_grad}
-        self.weights = list(named.values())
-        flat = torch.cat([weight.detach().flatten().float() for weight in self.weights])
-        self.master = torch.nn.Parameter(flat)
-        self.master.grad = torch.zeros_like(flat)
-        parts = flat.split([weight.numel() for weight in self.weights])
-        self.parts = [part.view_as(w) for part, w in zip(parts, self.weights, strict=True)]
-        self.state_dict = dict(zip(named, self.parts, strict=True))  # for PEFT to save
-        for weight, part in zip(self.weights, self.parts, strict=True):
-            weight.data = part.to(captioner.dtype)
-        self.dropouts = torch.nn.ModuleList(
-            module for name, module in adapter.named_modules() if ".lora_dropout." in name)
-        self.optimizer = torch.optim.AdamW([self.master], weight_decay=weight_decay, fused=True)
-        self.scaler = torch.amp.GradScaler(captioner.device.type,
-                                           enabled=captioner.dtype == torch.float16)
+    def __init__(
+        self, captioner: Captioner, adapter: PeftModel, weight_decay: float, batch_size: int
+    ) -> None:
+        self.captioner = captioner
+        self.adapter = adapter
+        self.part_size = PartSize(batch_size, MEASURE_REMEDY)
+        trained = {}
+        for name, weight in adapter.named_parameters():
+            if weight.requires_grad:
+                trained[name] = weight
+        self.weights = list(trained.values())
 
-    def backward(self, rows: list[Row], tokens: int, micro_batch: int) -> torch.Tensor | None:
-        """The gradient of loss / tokens, into master.grad, however the rows are split.
+        self.master = torch.cat([weight.detach().flatten().float() for weight in self.weights])
+        self.gradient = torch.zeros_like(self.master)
+        self.parts = list(self.master.split([weight.numel() for weight in self.weights]))
+        for index, weight in enumerate(self.weights):
+            self.parts[index] = self.parts[index].view_as(weight)
+            weight.data = self.parts[index].to(captioner.dtype)  # in float32, the same memory
+        self.adapter_weights = dict(zip(trained, self.parts, strict=True))  # for PEFT to save
 
-        Returns each row's loss, (rows,); None: out of memory, and there is something to halve.
+        self.qformer_size = 0  # of `master`, how many weights are not the language model's
+        for name, weight in trained.items():
+            if ".language_model." not in name:
+                self.qformer_size += weight.numel()
+        self.has_two_phases = captioner.trains_qformer and self.qformer_size < len(self.master)
+        self.optimized = [torch.nn.Parameter(self.master)]
+        if self.has_two_phases:
+            halves = self.master.tensor_split([self.qformer_size])
+            self.optimized = [torch.nn.Parameter(half) for half in halves]
+
+        self.dropouts = torch.nn.ModuleList()
+        for name, module in adapter.named_modules():
+            if ".lora_dropout." in name:
+                self.dropouts.append(module)
+        self.optimizer = torch.optim.AdamW(self.optimized, weight_decay=weight_decay, fused=True)
+        # A scaler that is not enabled scales by 1, and skips nothing.
+        is_float16 = captioner.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(captioner.device.type, enabled=is_float16)
+
+    def backward(self, examples: list[Example], tokens: int) -> torch.Tensor:
+        """The gradient of loss / tokens, into self.gradient, however the examples are split.
+
+        Returns the loss of each example, summed over its tokens, (examples,).
         """
-        losses = [torch.zeros(0, device=self.captioner.device)]
-        self.master.grad.zero_()
+
+        def backward_part(part: list[Example]) -> torch.Tensor:
+            batch = self.captioner.row_builder.collate_fn(part)
+            losses = self.captioner.losses(batch)
+            loss = self.scaler.scale(losses.sum() / tokens)
+            gradients = torch.autograd.grad(loss, self.weights)
+            self.gradient += torch.cat([gradient.flatten() for gradient in gradients])
+            return losses.detach()
+
+        self.gradient.zero_()
         self.dropouts.train()  # all else stays in eval mode: frozen layers have dropout too
         try:
-            for start in range(0, len(rows), micro_batch):
-                some = self.captioner.losses(rows[start : start + micro_batch])
-                loss = self.scaler.scale(some.sum() / tokens)
-                gradients = torch.autograd.grad(loss, self.weights)
-                self.master.grad += torch.cat([gradient.flatten() for gradient in gradients])
-                losses.append(some.detach())
-        except RuntimeError as error:
-            if not re.search(OUT_OF_MEMORY, str(error)) or min(micro_batch, len(rows)) == 1:
-                raise
-            return None  # and the traceback, which held all activations, is gone
+            losses = self.part_size.run(backward_part, examples)
         finally:
             self.dropouts.eval()
+        if not losses:  # a last batch may have fewer pairs than there are processes
+            return torch.zeros(0, device=self.captioner.device)
         return torch.cat(losses)
 
-    def add_up(self, losses: torch.Tensor | None, pairs: int, stop: bool) -> list[float]:
-        """Over all processes: losses of pairs, who is out of memory, who stops; the norm.
+    def add_up(
+        self, own_losses: torch.Tensor, count: int, stop: bool, qformer_alone: bool = False
+    ) -> StepResult:
+        """The sums over all processes; `own_losses` are those of this one's share of `count` pairs.
 
-        Here a step waits for the GPU, once.
+        With `qformer_alone`, the language model has no gradient, and none in the norm. A step waits
+        for the GPU only here, once: what is needed of it comes in one vector.
         """
-        told = torch.zeros(pairs + 2, device=self.master.device)
-        told[pairs:].copy_(self.captioner.send([losses is None, stop]))
-        if losses is not None:
-            share(told[:pairs]).copy_(losses)
-        self.master.grad.copy_(reduce(self.master.grad, "sum"))
-        norm = self.master.grad.norm() / self.scaler.scale(torch.ones_like(told[:1]))
-        return torch.cat([reduce(told, "sum"), norm]).tolist()
+        pair_losses = torch.zeros(count, device=self.master.device)
+        share(pair_losses).copy_(own_losses)  # a view: the places of this process
+        stop_flag = self.captioner.send(torch.tensor([float(stop)]))
+        losses_and_stop = reduce(torch.cat([pair_losses, stop_flag]), "sum")
+        self.gradient.copy_(reduce(self.gradient, "sum"))
+        if qformer_alone:
+            self.gradient[self.qformer_size :].zero_()
 
-    def step(self, rate: float, norm: float, max_norm: float) -> None:
-        """Of AdamW; GradScaler leaves it out if the norm is not finite, and scales less then."""
+        scale = self.scaler.scale(torch.ones_like(stop_flag))  # (1,), without waiting for it
+        norm = self.gradient.norm() / scale
+        values = torch.cat([losses_and_stop, norm]).tolist()
+        return StepResult(pair_losses=values[:count], stop=values[count] > 0, norm=values[-1])
+
+    def step(self, rate: float, norm: float, max_norm: float, qformer_alone: bool = False) -> None:
+        """A step of AdamW; GradScaler skips it if the norm is not finite, and lowers its scale."""
+        gradients = self.gradient.split([len(weights) for weights in self.optimized])
+        for weights, gradient in zip(self.optimized, gradients, strict=True):
+            weights.grad = gradient
+        if qformer_alone:
+            self.optimized[1].grad = None  # neither moments nor step count nor decay for these
         self.optimizer.param_groups[0]["lr"] = rate
         self.scaler.unscale_(self.optimizer)
         if max_norm:
-            self.master.grad *= min(1.0, max_norm / (norm + 1e-6))
+            self.gradient *= min(1.0, max_norm / (norm + 1e-6))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.copy_parts()
+        self.copy_to_weights()
 
     @torch.no_grad()
-    def copy_parts(self) -> None:
-        """From `master` to the weights; in float32 they are the same memory."""
+    def copy_to_weights(self) -> None:
+        """From `master`; in float32 they are the same memory."""
         torch._foreach_copy_(self.weights, self.parts)
 
+    def set_master(self, master: torch.Tensor) -> None:
+        self.master.copy_(master)
+        self.copy_to_weights()
+
+    def load_adapter(self, path: Path) -> None:
+        """The weights of a saved adapter, which are in float32. Raises UserError."""
+        try:
+            saved = load_file(path)
+            for name, part in self.adapter_weights.items():
+                part.copy_(saved[name.replace(".default.", ".")])
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise UserError(
+                f"the adapter {str(path)!r} does not fit this model: {error}. Name the OUTPUT_DIR "
+                "of a run with the same settings in START_FROM."
+            ) from error
+        self.copy_to_weights()
+
     def state(self) -> dict[str, Any]:
-        """All that a checkpoint keeps of it."""
-        return {"master": self.master.detach().clone(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict()}
+        """What a checkpoint keeps of it."""
+        return {
+            "master": self.master.clone(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
-        """The opposite."""
-        self.master.data.copy_(state["master"])
-        self.copy_parts()
+        """Puts back what state() returned."""
+        self.set_master(state["master"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run is, beside the state of its learner."""
+    """How far a run has come, besides the state of its learner."""
 
-    captions: list[str]  # of the held-out pictures that are captioned, before
+    captions: list[str]  # of the held-out pictures that are captioned, before training
     metrics: list[dict[str, float]]  # the rows of metrics.csv
     pair_losses: torch.Tensor  # (training pairs,), summed over tokens and epochs
-    micro_batch: int = sys.maxsize  # the most pairs at a time
-    step: int = 0  # the next one
-    best: float = math.inf  # held-out loss
-    best_step: int = 0  # the step after which it was measured
-    best_master: torch.Tensor | None = None
+    qformer_steps: int = 0  # at first, in which the Q-Former learns alone
+    epoch_loss: float = 0.0  # summed over the tokens of this epoch so far
+    step: int = 0  # the next one, from 0
+    best: float = math.inf  # the lowest held-out loss
+    best_step: int = 0  # the number of steps after which it was measured
+    best_master: torch.Tensor | None = None  # the weights then
 
 
-def train(settings: argparse.Namespace, learner: Learner, datasets: Datasets, now: Progress,
-          run: "Run") -> None:
-    """The training loop, from `now` on; then the weights are those of the lowest held-out loss.
+# ---- Runs: one folder, and one file to continue from, until all is done -------------------------
 
-    Raises UserError on a loss that is not finite; KeyboardInterrupt after a signal, when the step
-    is done and saved.
+
+# Settings that records of earlier versions lack, and the values that were in effect then.
+LATER_SETTINGS = {"START_FROM": ""}
+
+
+def complete_record(record: dict[str, Any]) -> dict[str, Any]:
+    """With values for the settings that did not exist when it was written."""
+    return record | {"settings": default_settings() | LATER_SETTINGS | record["settings"]}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The settings.json of a run, with `results` when it is finished; {}: none, or damaged."""
+    try:
+        text = (folder / "settings.json").read_text(encoding="utf-8")
+        return complete_record(json.loads(text))
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    write_whole(folder / "settings.json", (json.dumps(record, indent=2) + "\n").encode())
+
+
+def hash_data(settings: argparse.Namespace, data: Data) -> str:
+    """A hash of the pictures' relative paths, their sizes, and the captions.
+
+    Not of the times of their last change: a copied folder holds the same data.
     """
-    state, dataset = PartialState(), datasets.training
+    lines = []
+    for pairs, root in (
+        (data.pairs, settings.TRAIN_DIR),
+        (data.validation, settings.VALIDATION_DIR),
+    ):
+        for picture, caption in pairs:
+            lines += [picture_key(picture, root), caption]
+    digest = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+    return f"{len(data.pairs) + len(data.validation)} pairs, {digest[:16]}"
+
+
+def hash_start(settings: argparse.Namespace) -> str:
+    """A hash of the adapter in START_FROM; "": there is none to start from. Raises UserError.
+
+    What has to be the same there is refused with the values to set.
+    """
+    if not settings.START_FROM:
+        return ""
+    folder = Path(settings.START_FROM)
+    record = read_record(folder)
+    weights = folder / "adapter_model.safetensors"
+    if not record.get("results") or not weights.exists():
+        raise UserError(
+            f"START_FROM {str(folder)!r} does not hold a finished run of this script. Name the "
+            "OUTPUT_DIR of one."
+        )
+    differences = []
+    for name in ("MODEL_ID", "LOAD_IN_4BIT", "LORA_RANK", "LORA_ALPHA", "LORA_TARGETS"):
+        there = record["settings"][name]
+        here = getattr(settings, name)
+        if there != here:
+            differences.append(f"{name} = {there!r} (now {here!r})")
+    if differences:
+        raise UserError(
+            f"the adapter in START_FROM {str(folder)!r} was trained with other settings. To go on "
+            f"from it, set {', '.join(differences)}."
+        )
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+
+
+def list_facts(record: dict[str, Any]) -> dict[str, Any]:
+    """What must not change in a run, under the names that a user is told."""
+    facts = {}
+    for name, value in record["settings"].items():
+        if name not in CHANGEABLE:
+            facts[name] = value
+    facts["pictures or captions"] = record.get("data")
+    facts["the adapter in START_FROM"] = record.get("start")
+    facts["the vision side of MODEL_ID"] = record.get("vision_side")
+    facts["pictures that can't be read"] = record.get("unreadable")
+    return facts
+
+
+def list_differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What makes this run another one than the earlier, of what is known now: a line for each."""
+    earlier_facts = list_facts(earlier)
+    differences = []
+    for name, value in list_facts(now).items():
+        earlier_value = earlier_facts.get(name)
+        if value is None or value == earlier_value:  # None: not known yet
+            continue
+        if isinstance(value, list):
+            changed = sorted(set(value) ^ set(earlier_value or []))
+            names = ", ".join(map(printable, changed[:MAX_NAMED]))
+            differences.append(f"{name}: {len(changed)} have changed, such as {names}")
+        else:
+            differences.append(f"{name}: {earlier_value!r} then, {value!r} now")
+    return differences
+
+
+def save_adapter(folder: Path, record: dict[str, Any], learner: Learner) -> None:
+    """What --caption, PEFT and transformers need; the weights in float32."""
+    learner.adapter.save_pretrained(
+        folder,
+        state_dict=learner.adapter_weights,
+        save_embedding_layers=False,  # else PEFT asks the Hub
+    )
+    learner.captioner.processor.save_pretrained(folder)
+    write_record(folder, record)
+
+
+class Tracking:
+    """Gives the rows of metrics.csv to the tracker of LOG_WITH; with none, to nobody."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def start(self, settings: dict[str, Any]) -> None:
+        self.accelerator.init_trackers("blip2", config=settings)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """A row, without what is NaN."""
+        finite = {name: value for name, value in metrics.items() if not math.isnan(value)}
+        self.accelerator.log(finite, step=metrics["step"])
+
+    def close(self) -> None:
+        """Trackers hold files open in the folder of a run, which is to be renamed."""
+        while self.accelerator.trackers:
+            self.accelerator.trackers.pop().finish()
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run is recognized by, how far it has come, and where it writes.
+
+    It is in `folder` until it is finished, then in `output`, which is OUTPUT_DIR.
+    """
+
+    output: Path
+    folder: Path
+    record: dict[str, Any]  # settings.json: settings, and facts that are added as they are found
+    tracking: Tracking
+    is_main: bool  # this process prints and writes
+    is_finished: bool = False  # `output` holds this very run
+    checkpoint: dict[str, Any] | None = None  # what to continue from: see save()
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def refuse_foreign_files(self) -> None:
+        """Raises UserError where OUTPUT_DIR holds something other than a run."""
+        if not self.output.exists() or not any(self.output.iterdir()) or read_record(self.output):
+            return
+        if (self.output / "settings.json").exists():
+            raise UserError(
+                f"settings.json in OUTPUT_DIR {str(self.output)!r} is damaged, so that nobody can "
+                "say whether a run is in there. Name another folder, or move this one away."
+            )
+        raise UserError(
+            f"OUTPUT_DIR {str(self.output)!r} holds files that are not from a run of this "
+            "script. Name another folder, or move them."
+        )
+
+    def is_complete(self) -> bool:
+        """Whether all is done in `folder`, which then only has to be published."""
+        return not self.checkpoint_path.exists() and bool(read_record(self.folder).get("results"))
+
+    def publish(self) -> None:
+        """Renames `folder` to OUTPUT_DIR; an earlier run there gets the date into its name."""
+        if self.output.exists() and any(self.output.iterdir()):
+            dated = f"{self.output}-{time.strftime('%Y-%m-%d')}"
+            new_name = dated
+            number = 1
+            while os.path.lexists(new_name):
+                number += 1
+                new_name = f"{dated}-{number}"
+            self.output.rename(new_name)
+            print(f"the earlier run is in {printable(new_name)} now")
+        elif self.output.exists():
+            self.output.rmdir()
+        self.folder.rename(self.output)
+
+    def find_checkpoint(self, restart: bool) -> None:
+        """Sets `checkpoint`, if this run can be continued, and `is_finished`.
+
+        Raises UserError where the checkpoint is damaged, or that of another run.
+        """
+        if self.checkpoint_path.exists() and not restart:
+            self.checkpoint = self.load_checkpoint()
+            self.note()
+        elif restart:
+            self.is_finished = False
+        elif not self.is_finished:
+            finished = read_record(self.output)
+            if finished.get("results"):
+                self.is_finished = not list_differences(finished, self.record)
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """Raises UserError where it is damaged, OSError."""
+        try:
+            checkpoint = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            checkpoint["record"] = complete_record(checkpoint["record"])
+            checkpoint["progress"].pop("micro_batch", None)  # of an earlier version
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # a damaged file raises many kinds of exceptions
+            reason = describe_error(error).splitlines()[0]
+            raise UserError(
+                f"{str(self.checkpoint_path)!r} is damaged: {reason}. Put back a copy of it, or "
+                "give --restart to train from scratch."
+            ) from error
+        return checkpoint
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts to the record. Raises UserError where those of an unfinished run differ.
+
+        This is the one place where what makes the same run is compared to continue it.
+        """
+        self.record |= facts
+        if not self.checkpoint:
+            return
+        differences = list_differences(self.checkpoint["record"], self.record)
+        if differences:
+            lines = [
+                f"{str(self.folder)!r} holds an unfinished run that differs from this one:",
+                *differences,
+                "Undo that to continue, give --restart to train from scratch, or name another "
+                "OUTPUT_DIR.",
+            ]
+            raise UserError("\n  ".join(lines))
+
+    def refuse_other_processes(self) -> None:
+        """Raises UserError on all processes where one sees other settings, files or progress."""
+        step = self.checkpoint["progress"]["step"] if self.checkpoint else None
+        seen_by_all = gather_object([(self.record, self.is_finished, step)])
+        first_record, first_is_finished, first_step = seen_by_all[0]
+        for record, is_finished, step in seen_by_all:
+            is_same = is_finished == first_is_finished and step == first_step
+            if not is_same or list_differences(first_record, record):
+                raise UserError(NOT_SHARED)
+
+    def discard_earlier(self) -> None:
+        """Deletes an earlier run's files that are not continued.
+
+        Called as late as possible, so that a failed start loses nothing.
+        """
+        if self.checkpoint or not self.is_main:
+            return
+        # In this order: with results and without checkpoint it would pass for a finished run.
+        (self.folder / "settings.json").unlink(missing_ok=True)
+        self.checkpoint_path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def save(self, progress: Progress, learner: Learner) -> None:
+        """The adapter, if it is the best so far; then what the run continues from."""
+        if not self.is_main:
+            return
+        if progress.best_step == progress.step:
+            save_adapter(self.folder, self.record, learner)
+        checkpoint = {"record": self.record, "progress": vars(progress), "learner": learner.state()}
+        buffer = io.BytesIO()  # torch.save itself does not say when a disk is full
+        torch.save(checkpoint, buffer)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = [list(METRICS)]
+        for metrics in progress.metrics:
+            rows.append([metrics[name] for name in METRICS])
+        write_csv(self.folder / "metrics.csv", rows)
+        write_whole(self.checkpoint_path, buffer.getvalue())
+
+
+@contextlib.contextmanager
+def open_run(settings: argparse.Namespace, data: Data) -> Iterator[Run]:
+    """The run of these settings and data, with its folder locked. Raises UserError."""
+    output = Path(os.path.realpath(settings.OUTPUT_DIR))  # of a link, what it points to
+    folder = Path(f"{output}.unfinished")
+    accelerator = Accelerator(
+        cpu=settings.DEVICE == "cpu", log_with=settings.LOG_WITH or None, project_dir=str(folder)
+    )
+    record = {
+        "settings": {name: getattr(settings, name) for name in SETTINGS},
+        "data": hash_data(settings, data),
+        "start": hash_start(settings),
+    }
+    run = Run(output, folder, record, Tracking(accelerator), accelerator.is_main_process)
+
+    lock = contextlib.nullcontext()
+    if run.is_main:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{output}.lock", timeout=0)
+
+    all_agree = False
+    try:
+        with lock:
+            if run.is_main:
+                run.refuse_foreign_files()
+                if run.is_complete():  # it was killed just before it was published
+                    run.is_finished = not list_differences(read_record(folder), record)
+                    run.publish()
+            accelerator.wait_for_everyone()
+            yield run
+        all_agree = True
+    except Stopped:
+        all_agree = True
+        raise
+    finally:
+        run.tracking.close()
+        if all_agree:  # else it would wait for other processes, and they for this one
+            accelerator.end_training()
+
+
+# ---- Training -----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)  # each step asks for those of its epoch, and of the next step
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of `count` pairs in an epoch: the same whenever it is asked for."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def pick_pairs(dataset: ImageCaptioningDataset, batch_size: int, seed: int, step: int) -> list[int]:
+    """Indices of the pairs of a step, the longest captions first: parts need little padding."""
+    epoch, place = divmod(step, math.ceil(len(dataset) / batch_size))
+    order = epoch_order(len(dataset), seed, epoch)
+    indices = order[place * batch_size : (place + 1) * batch_size]
+    return sorted(indices, key=lambda i: -dataset.token_counts[i])
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_fraction: float) -> float:
+    """Linear warm-up, above zero at step 0, then a cosine to zero."""
+    warmup = round(steps * warmup_fraction)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Within, the first Ctrl-C or SIGTERM is noted in the list. A second one kills at once."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    is_main = PartialState().is_main_process
+    noted: list[int] = []
+
+    def note_signal(number: int, _: Any) -> None:
+        noted.append(number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        if is_main:  # not print, which a signal may have interrupted
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately\n")
+
+    for number in numbers:
+        signal.signal(number, note_signal)
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def count_steps(settings: argparse.Namespace, pair_count: int) -> int:
+    """Optimizer steps in all epochs."""
+    return math.ceil(pair_count / settings.BATCH_SIZE) * settings.EPOCHS
+
+
+def build_learner(settings: argparse.Namespace, captioner: Captioner) -> Learner:
+    """LoRA with initial weights, or those in START_FROM, and its optimizer. Raises UserError."""
+    torch.manual_seed(settings.SEED)
+    adapter = add_lora(
+        captioner.model,
+        settings.LORA_TARGETS,
+        settings.LORA_RANK,
+        settings.LORA_ALPHA,
+        settings.LORA_DROPOUT,
+    )
+    learner = Learner(captioner, adapter, settings.WEIGHT_DECAY, settings.BATCH_SIZE)
+    if settings.START_FROM:
+        learner.load_adapter(Path(settings.START_FROM, "adapter_model.safetensors"))
+    return learner
+
+
+def measure_before(
+    captioner: Captioner, datasets: Datasets, feature_folder: Path, qformer_steps: int
+) -> Progress:
+    """The progress of a new run, which first measures the model as it is. Raises UserError."""
+    loss = held_out_loss(captioner, datasets.held_out)
+    if len(datasets.held_out):
+        print(f"held-out loss before: {loss:.4f}")
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the held-out loss before training is {loss}. Set DTYPE to float32; if that does "
+                f"not help, delete {str(feature_folder)!r}, which is computed again."
+            )
+    else:
+        print("nothing held out: the last adapter is saved")
+
+    before = dict.fromkeys(METRICS, math.nan)
+    before |= {"step": 0, "epoch": 0, "seconds": 0.0, "held_out_loss": loss}
+    captions = [caption.text for caption in caption_held_out(captioner, datasets)]
+    pair_losses = torch.zeros(len(datasets.training))
+    return Progress(captions, [before], pair_losses, qformer_steps)
+
+
+def start(
+    settings: argparse.Namespace,
+    captioner: Captioner,
+    datasets: Datasets,
+    checkpoint: dict[str, Any] | None,
+) -> tuple[Learner, Progress]:
+    """What training continues from: a checkpoint, or a new learner and the first measurement."""
+    learner = build_learner(settings, captioner)
+    if captioner.device.type == "cuda":  # a backward makes cuBLAS's handles, while there is room
+        learner.backward([datasets.training[0]], 1)
+    if checkpoint:
+        learner.load(checkpoint["learner"])
+        return learner, Progress(**checkpoint["progress"])
+    feature_folder = next(iter(datasets.training.feature_files.values())).parent
+    qformer_steps = 0
+    if learner.has_two_phases:
+        qformer_steps = count_steps(settings, len(datasets.training)) // 3
+    return learner, measure_before(captioner, datasets, feature_folder, qformer_steps)
+
+
+class StepPlan(NamedTuple):
+    """What is decided about a step before it is taken: all of it follows from its number."""
+
+    number: int  # from 0
+    indices: list[int]  # of the pairs
+    next_indices: list[int]  # of the pairs of the step after this one
+    rate: float  # the learning rate
+    seed: int  # of the dropout's noise, before the processes differ
+    qformer_alone: bool  # the language model does not learn in this step
+
+
+def plan_step(
+    settings: argparse.Namespace, dataset: ImageCaptioningDataset, progress: Progress
+) -> StepPlan:
+    """The plan of the next step."""
+    step = progress.step
+    steps = count_steps(settings, len(dataset))
+    return StepPlan(
+        number=step,
+        indices=pick_pairs(dataset, settings.BATCH_SIZE, settings.SEED, step),
+        next_indices=pick_pairs(dataset, settings.BATCH_SIZE, settings.SEED, step + 1),
+        rate=learning_rate(step, steps, settings.LEARNING_RATE, settings.WARMUP_FRACTION),
+        seed=settings.SEED * 1_000_003 + step,
+        qformer_alone=step < progress.qformer_steps,
+    )
+
+
+def take_step(
+    learner: Learner,
+    dataset: ImageCaptioningDataset,
+    plan: StepPlan,
+    max_norm: float,
+    is_told_to_stop: bool,
+) -> StepResult:
+    """One optimizer step, on all processes together. Raises UserError.
+
+    In float16 a gradient may overflow. GradScaler then skips the step and lowers its scale, and the
+    step is taken again: it counts once.
+    """
+    state = PartialState()
+    examples = [dataset[i] for i in share(plan.indices)]
+    tokens = dataset.count_tokens(plan.indices)
+    pictures = [dataset.pairs[i].picture for i in plan.indices]
+    while True:
+        torch.manual_seed(plan.seed * state.num_processes + state.process_index)
+        own_losses = learner.backward(examples, tokens)
+        dataset.prefetch(share(plan.next_indices))  # while a GPU is busy
+        result = learner.add_up(own_losses, len(plan.indices), is_told_to_stop, plan.qformer_alone)
+        refuse_not_finite(result, learner, plan.number + 1, pictures)
+        learner.step(plan.rate, result.norm, max_norm, plan.qformer_alone)
+        if math.isfinite(result.norm):
+            return result
+
+
+def refuse_not_finite(result: StepResult, learner: Learner, step: int, pictures: list[str]) -> None:
+    """Raises UserError where a loss is not finite, or a gradient that can't be scaled lower."""
+    causes = []
+    for picture, loss in zip(pictures, result.pair_losses, strict=True):
+        if not math.isfinite(loss):
+            causes.append(printable(picture))
+    can_scale_lower = learner.scaler.is_enabled() and learner.scaler.get_scale() > 1
+    if not causes and (math.isfinite(result.norm) or can_scale_lower):
+        return
+
+    what = f"the norm of the gradient is {result.norm}"
+    if causes:
+        what = f"the loss is not finite for {', '.join(causes[:MAX_NAMED])}"
+    remedy = "Lower LEARNING_RATE"
+    if learner.captioner.dtype != torch.float32:
+        remedy += ", or set DTYPE to float32"
+    raise UserError(
+        f"at step {step} {what}. {remedy}, and give --restart. If that does not help, a file of "
+        "features may be damaged: delete the folder .features, which is computed again."
+    )
+
+
+def measure_epoch(learner: Learner, held_out: ImageCaptioningDataset, progress: Progress) -> float:
+    """The held-out loss after an epoch; `progress` remembers the weights if it is the lowest."""
+    loss = held_out_loss(learner.captioner, held_out)
+    if len(held_out) and not math.isfinite(loss):
+        raise UserError(
+            f"the held-out loss after step {progress.step} is {loss}. Lower LEARNING_RATE, and "
+            "give --restart."
+        )
+    if not len(held_out) or loss < progress.best:  # with nothing held out, the last is the best
+        progress.best = loss
+        progress.best_step = progress.step
+        progress.best_master = learner.master.clone()
+    return loss
+
+
+def describe_epoch(progress: Progress, epochs: int, train_loss: float) -> str:
+    """A line on the epoch that has just ended. `train_loss` is per token, as the held-out one."""
+    last = progress.metrics[-1]
+    line = f"epoch {last['epoch']}/{epochs}: loss {train_loss:.4f}"
+    if not math.isnan(last["held_out_loss"]):
+        line += f", held-out loss {last['held_out_loss']:.4f}"
+        if progress.best_step == progress.step:
+            line += " (best)"
+    return line
+
+
+def train(
+    settings: argparse.Namespace, learner: Learner, datasets: Datasets, progress: Progress, run: Run
+) -> None:
+    """The training loop; at its end the weights are those of the lowest held-out loss.
+
+    Raises UserError on a loss that is not finite; Stopped after a signal, when the step is saved.
+    """
+    dataset = datasets.training
     epoch_steps = math.ceil(len(dataset) / settings.BATCH_SIZE)
-    steps = epoch_steps * settings.EPOCHS
-    print(f"steps: {steps}, {epoch_steps} an epoch" + f", {now.step} done" * bool(now.step))
-    if steps < FEW_STEPS:
-        print(f"  perhaps too few to learn: try EPOCHS = {math.ceil(FEW_STEPS / epoch_steps)}")
-    saved, pause = time.monotonic(), 60 * settings.CHECKPOINT_MINUTES or math.inf
-    bar = tqdm(total=steps, initial=now.step, desc="training", unit="step", disable=None)
+    epoch_tokens = sum(dataset.token_counts)
+    steps = count_steps(settings, len(dataset))
+    is_alone = PartialState().num_processes == 1
+    pause = math.inf
+    if settings.CHECKPOINT_MINUTES:
+        pause = 60 * settings.CHECKPOINT_MINUTES
+    saved = time.monotonic()
+    bar = tqdm(total=steps, initial=progress.step, desc="training", unit="step", disable=None)
     with bar, noted_signals() as signals:
-        while now.step < steps:
-            started, (epoch, done) = time.perf_counter(), divmod(now.step, epoch_steps)
-            order = epoch_order(len(dataset), settings.SEED, epoch)[done * settings.BATCH_SIZE :]
-            pairs = sorted(order[: settings.BATCH_SIZE], key=lambda i: -dataset.tokens[i])
-            rows, tokens = [dataset[i] for i in share(pairs)], sum(dataset.tokens[i] for i in pairs)
-            while True:  # until the step fits into memory
-                torch.manual_seed((settings.SEED * 1_000_003 + now.step) * state.num_processes
-                                  + state.process_index)  # of the dropout
-                losses = learner.backward(rows, tokens, now.micro_batch)
-                *losses, short, stop, norm = learner.add_up(losses, len(pairs), bool(signals))
-                if not short:
-                    break
-                most = min(now.micro_batch, math.ceil(len(pairs) / state.num_processes))
-                now.micro_batch = math.ceil(most / 2)
-                torch.cuda.empty_cache()
-                tqdm.write(f"out of memory: {now.micro_batch} pairs at a time from now on")
-            loss = sum(losses) / tokens
-            learnable = math.isfinite(norm) or learner.scaler.get_scale() > 1
-            if not (math.isfinite(loss) and learnable):
-                names = ", ".join(printable(dataset.pairs[i].picture) for i in pairs[:NAMED])
-                raise UserError(f"at step {now.step + 1} the loss is {loss}, the norm of its "
-                                f"gradient {norm}, with {names}. {learner.captioner.remedy}")
-            rate = learning_rate(now.step, steps, settings.LEARNING_RATE, settings.WARMUP_FRACTION)
-            learner.step(rate, norm, settings.MAX_GRAD_NORM)
-            now.step += 1
-            now.pair_losses[pairs] += torch.tensor(losses)
-            seconds, after = time.perf_counter() - started, math.nan
-            if ended := now.step % epoch_steps == 0:
-                after = held_out_loss(datasets.held_out)
-                if not after >= now.best:  # with nothing held out, the last is kept
-                    now.best, now.best_step = after, now.step
-                    now.best_master = learner.master.detach().clone()
-            now.metrics.append(dict(zip(METRICS, (
-                now.step, epoch + 1, rate, loss, after, norm, len(pairs) / seconds,
-                now.metrics[-1]["seconds"] + seconds), strict=True)))
-            run.log(now.metrics[-1])
+        while progress.step < steps:
+            # A step.
+            started = time.perf_counter()
+            plan = plan_step(settings, dataset, progress)
+            result = take_step(learner, dataset, plan, settings.MAX_GRAD_NORM, bool(signals))
+            progress.step += 1
+            progress.pair_losses[plan.indices] += torch.tensor(result.pair_losses)
+            progress.epoch_loss += sum(result.pair_losses)
+            seconds = time.perf_counter() - started
+
+            # After each epoch: the held-out loss.
+            epoch_ended = progress.step % epoch_steps == 0
+            epoch_loss = math.nan
+            if epoch_ended:
+                epoch_loss = measure_epoch(learner, datasets.held_out, progress)
+
+            # Metrics, for metrics.csv, the tracker and the screen.
+            loss = sum(result.pair_losses) / dataset.count_tokens(plan.indices)
+            metrics = {
+                "step": progress.step,
+                "epoch": math.ceil(progress.step / epoch_steps),
+                "learning_rate": plan.rate,
+                "train_loss": loss,
+                "held_out_loss": epoch_loss,
+                "grad_norm": result.norm,
+                "pairs_per_second": len(plan.indices) / seconds,
+                "seconds": progress.metrics[-1]["seconds"] + seconds,
+            }
+            progress.metrics.append(metrics)
+            run.tracking.log(metrics)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
-            if ended:
-                mean = sum(row["train_loss"] for row in now.metrics[-epoch_steps:]) / epoch_steps
-                best = " (best)" * (now.best_step == now.step)
-                tqdm.write(f"epoch {epoch + 1}/{settings.EPOCHS}: loss {mean:.4f}"
-                           + f", held-out loss {after:.4f}{best}" * math.isfinite(after))
-            if ended or stop or time.monotonic() > saved + pause:
-                run.save(now, learner)
+            if epoch_ended:
+                train_loss = progress.epoch_loss / epoch_tokens
+                tqdm.write(describe_epoch(progress, settings.EPOCHS, train_loss))
+                progress.epoch_loss = 0.0
+
+            # A checkpoint, and the end, if a signal asked for it.
+            must_stop = result.stop or (is_alone and bool(signals))
+            if epoch_ended or must_stop or time.monotonic() > saved + pause:
+                run.save(progress, learner)
                 saved = time.monotonic()
-            if stop:
-                state.wait_for_everyone()  # a launcher may kill all when the first one ends
-                raise KeyboardInterrupt(*signals[:1])
-        if signals and state.num_processes == 1:  # in the last step; others would wait for this one
-            raise KeyboardInterrupt(*signals[:1])
-    learner.master.data.copy_(now.best_master)
-    learner.copy_parts()
+            if must_stop:
+                stop_together(signals)
+
+        # A signal after the last step was begun.
+        if any(gather_object([bool(signals)])):
+            stop_together(signals)
+    learner.set_master(progress.best_master)
+
+
+def stop_together(signals: list[int]) -> None:
+    """Raises Stopped in all processes, when each has come so far."""
+    PartialState().wait_for_everyone()  # a launcher kills all when the first one ends
+    number = signals[0] if signals else signal.SIGINT  # none, if another process got it
+    raise Stopped(number)
+
+
+def describe_steps(settings: argparse.Namespace, pair_count: int, progress: Progress) -> str:
+    """How many steps there will be, and what to expect of them."""
+    epoch_steps = math.ceil(pair_count / settings.BATCH_SIZE)
+    steps = count_steps(settings, pair_count)
+    lines = [f"steps: {steps}, {epoch_steps} per epoch"]
+    if progress.step:
+        lines[0] += f", {progress.step} done"
+    if steps < FEW_STEPS:
+        epochs = math.ceil(FEW_STEPS / epoch_steps)
+        lines.append(f"  perhaps too few to learn: try EPOCHS = {epochs}")
+    if progress.qformer_steps:
+        lines.append(
+            f"  for the first {progress.qformer_steps} steps the Q-Former learns alone; the loss "
+            "falls when the language model joins"
+        )
+    return "\n".join(lines)
 
 
 # ---- What a run leaves --------------------------------------------------------------------------
 
 
-def save_adapter(folder: Path, record: dict[str, Any], learner: Learner) -> None:
-    """What --caption needs, PEFT and transformers; the weights in float32."""
-    learner.adapter.save_pretrained(folder, state_dict=learner.state_dict,
-                                    save_embedding_layers=False)  # else PEFT asks the Hub
-    learner.captioner.processor.save_pretrained(folder)
-    write_whole(folder / "settings.json", (json.dumps(record, indent=2) + "\n").encode())
+class PairLoss(NamedTuple):
+    """A row of pairs.csv."""
+
+    split: str  # "train" or "held out"
+    loss: float  # per token
+    tokens: int
+    picture: str
+    caption: str
 
 
-def list_pairs(split: str, dataset: ImageCaptioningDataset, losses: torch.Tensor) -> list[tuple]:
-    """Rows of pairs.csv: split, loss per token, tokens, picture, caption; highest loss first."""
-    rows = [(split, round(loss / count, 4), count, *pair) for pair, loss, count
-            in zip(dataset.pairs, losses.tolist(), dataset.tokens, strict=True)]
-    return sorted(rows, key=lambda row: -row[1])
+def list_pairs(split: str, dataset: ImageCaptioningDataset, losses: torch.Tensor) -> list[PairLoss]:
+    """Rows of pairs.csv, the highest loss first. `losses` are sums over tokens, (pairs,)."""
+    rows = []
+    for pair, loss, tokens in zip(
+        dataset.pairs, losses.tolist(), dataset.token_counts, strict=True
+    ):
+        rows.append(PairLoss(split, round(loss / tokens, 4), tokens, pair.picture, pair.caption))
+    rows.sort(key=lambda row: -row.loss)
+    return rows
 
 
-def summarize(rows: list[Captioned], datasets: Datasets, now: Progress) -> dict[str, Any]:
+def summarize(
+    captioned: list[CaptionedPicture],
+    datasets: Datasets,
+    progress: Progress,
+    hard_words: dict[str, float],
+    trains_qformer: bool,
+) -> dict[str, Any]:
     """`results` of settings.json, with `remarks` on what is wrong. None: nothing can be said."""
-    before, after = measure(rows, "before"), measure(rows, "after")
-    measures = {name: {"before": before[name], "after": after[name]} for name in before}
-    loss = {"before": now.metrics[0]["held_out_loss"], "after": now.best} if rows else (
-        dict.fromkeys(("before", "after")))
-    alike, alike_references = (max(Counter(texts).values(), default=0) for texts in (
-        [row.after for row in rows], [row.references[0] for row in rows]))
-    unchanged = bool(rows) and after["exact"] < 1 and all(row.after == row.before for row in rows)
-    remarks = {
-        "nothing is held out, so that nothing can be measured": not rows,
-        "CIDEr-D is '-': it needs two held-out pictures or more, with captions that differ":
-            bool(rows) and after["cider_d"] is None,
-        "the held-out loss is not below that before training: lower LEARNING_RATE, or add pictures":
-            bool(rows) and not loss["after"] < loss["before"],
-        "no held-out caption has changed: raise EPOCHS or LEARNING_RATE": unchanged,
-        "nearly all held-out captions are alike: lower LEARNING_RATE, and look at held_out.csv":
-            alike >= 0.9 * len(rows) > alike_references and not unchanged}
-    return {"training_pairs": len(datasets.training), "held_out_pairs": len(datasets.held_out),
-            "captioned": len(rows), "steps": now.step, "best_step": now.best_step,
-            "seconds": round(now.metrics[-1]["seconds"], 1), "held_out_loss": loss, **measures,
-            "remarks": [remark for remark, holds in remarks.items() if holds]}
+    held_out = {"before": None, "after": None}
+    if captioned:
+        held_out = {"before": progress.metrics[0]["held_out_loss"], "after": progress.best}
+    results = {
+        "training_pairs": len(datasets.training),
+        "held_out_pairs": len(datasets.held_out),
+        "captioned": len(captioned),
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "seconds": round(progress.metrics[-1]["seconds"], 1),
+        "held_out_loss": held_out,
+    }
+    references = [row.references for row in captioned]
+    before = measure_captions([row.before for row in captioned], references)
+    after = measure_captions([row.after for row in captioned], references)
+    for name in before:
+        results[name] = {"before": before[name], "after": after[name]}
+    if progress.qformer_steps:
+        results["qformer_steps"] = progress.qformer_steps
+    if len(hard_words) > 1:
+        results["hard_words"] = hard_words
+    results["remarks"] = list_remarks(captioned, results)
+    is_little = (
+        len(datasets.training.references) < FEW_QFORMER_PICTURES
+        or progress.step < FEW_QFORMER_STEPS
+    )
+    if trains_qformer and is_little:
+        results["remarks"].append(
+            f"a Q-Former learns little from fewer than {FEW_QFORMER_PICTURES} pictures or "
+            f"{FEW_QFORMER_STEPS} steps: LORA_TARGETS attention may do as well"
+        )
+    return results
+
+
+def list_remarks(captioned: list[CaptionedPicture], results: dict[str, Any]) -> list[str]:
+    """What a user should check."""
+    if not captioned:
+        return ["nothing is held out, so that nothing can be measured"]
+    remarks = []
+    if results["cider_d"]["after"] is None:
+        remarks.append(
+            "CIDEr-D is '-': it needs two held-out pictures or more, with captions that differ"
+        )
+    loss = results["held_out_loss"]
+    if loss["after"] >= loss["before"]:
+        remarks.append(
+            "the held-out loss is not below that before training: lower LEARNING_RATE, "
+            "or add pictures"
+        )
+
+    nearly_all = 0.9 * len(captioned)
+    is_unchanged = all(row.after == row.before for row in captioned)
+    most_common = max(Counter(row.after for row in captioned).values())
+    most_common_reference = max(Counter(row.references[0] for row in captioned).values())
+    if is_unchanged and results["exact"]["after"] < 1:
+        remarks.append("no held-out caption has changed: raise EPOCHS or LEARNING_RATE")
+    elif most_common >= nearly_all > most_common_reference:
+        remarks.append(
+            "nearly all held-out captions are the same: lower LEARNING_RATE, and look at "
+            "held_out.csv"
+        )
+    return remarks
 
 
 def describe_results(results: dict[str, Any]) -> dict[str, str]:
     """As they are printed, drawn and put into the card."""
-    shown = {name: str(value) for name, value in results.items() if name != "remarks"}
+    described = {}
+    for name, value in results.items():
+        if name == "hard_words":
+            words = [f"{word} {loss:.2f}" for word, loss in value.items() if word]
+            described["hardest_words"] = f"{', '.join(words)} (loss; all words: {value['']:.2f})"
+        elif name != "remarks":
+            described[name] = str(value)
+    count = results["captioned"]
     for name in ("held_out_loss", "exact", "cider_d"):
-        before, after = results[name].values()
-        shown[name] = "-" if before is None else f"{before:.4f} before, {after:.4f} after"
-    if count := results["captioned"]:
-        before, after = (round(part * count) for part in results["exact"].values())
-        shown["exact"] = f"{before} before, {after} after, of {count}"
-    return shown
+        before = results[name]["before"]
+        after = results[name]["after"]
+        if before is None:
+            described[name] = "-"
+        elif name == "exact":
+            before_count = round(before * count)
+            after_count = round(after * count)
+            described[name] = f"{before_count} before, {after_count} after, of {count}"
+        else:
+            described[name] = f"{before:.4f} before, {after:.4f} after"
+    return described
 
 
-def draw_report(folder: Path, record: dict[str, Any]) -> None:
-    """report.png: the losses in metrics.csv; pictures of held_out.csv with their captions."""
+def write_tables(
+    folder: Path, pairs: list[PairLoss], captioned: list[CaptionedPicture], findings: Findings
+) -> None:
+    """pairs.csv, held_out.csv and skipped.csv; metrics.csv is written with each checkpoint."""
+    write_csv(folder / "pairs.csv", [PairLoss._fields, *pairs])
+    rows = []
+    for row in captioned:
+        rows.append(row._replace(references=json.dumps(row.references, ensure_ascii=False)))
+    write_csv(folder / "held_out.csv", [CaptionedPicture._fields, *rows])
+    write_csv(folder / "skipped.csv", [Skipped._fields, *sorted(findings.skipped)])
+
+
+def draw_losses(folder: Path, record: dict[str, Any]) -> None:
+    """losses.png: the losses in metrics.csv over the steps."""
     from matplotlib.figure import Figure  # takes a second
 
-    rows = spread(read_csv(folder / "held_out.csv"), min(12, record["settings"]["SAMPLE_COUNT"]))
-    lines = math.ceil(len(rows) / 2)
-    figure = Figure(figsize=(13, 4 + 1.8 * lines), layout="constrained")
-    grid = figure.add_gridspec(1 + lines, 4, height_ratios=[4, *[1.8] * lines],
-                               width_ratios=[1.8, 4.7] * 2)
-    losses, metrics = figure.add_subplot(grid[0, :]), read_csv(folder / "metrics.csv")
-    for name, style, label in (("train_loss", ".-", "training"),
-                               ("held_out_loss", "o-", "held out")):
-        points = [(int(row["step"]), float(row[name])) for row in metrics if row[name]]
-        if points:
-            losses.plot(*zip(*points, strict=True), style, lw=1, ms=5, label=label)
-    losses.plot(0, 0)  # nothing to see, but room above the highest
-    losses.locator_params("x", integer=True)
-    losses.set(xlabel="step", ylabel="loss per token", ylim=(0, None),
-               title="held-out loss: {held_out_loss}; exact: {exact}; CIDEr-D: {cider_d}".format(
-                   **describe_results(record["results"])))
-    losses.legend(frameon=False)
-    losses.spines[["top", "right"]].set_visible(False)
-    for number, row in enumerate(rows):
-        picture, words = (figure.add_subplot(grid[1 + number // 2, number % 2 * 2 + column])
-                          for column in (0, 1))
-        picture.axis("off")
-        words.axis("off")
-        with contextlib.suppress(Exception):  # it is gone by now
-            picture.imshow(read_picture(row["picture"], 224))
-        references, height = json.loads(row["references"]), 1.0
-        after = ("✓", "tab:green") if row["after"] in references else ("✗", "tab:red")
-        for text, color in ((f"caption: {' / '.join(references)}", "black"),
-                            (f"before: {row['before']}", "gray"),
-                            (f"{after[0]} after: {row['after']}", after[1])):
-            wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-            wrapped = textwrap.wrap(text, 24 if wide else 48, max_lines=3, placeholder=" ...")
-            words.text(0, height, "\n".join(wrapped), color=color, family=FONTS, va="top",
-                       parse_math=False, transform=words.transAxes, in_layout=False, clip_on=True)
-            height -= 0.105 * len(wrapped) + 0.03
-    with io.BytesIO() as drawn, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a line for every letter that no font has
-        figure.savefig(drawn, format="png")
-        write_whole(folder / "report.png", drawn.getvalue())
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots()
+    metrics = read_csv(folder / "metrics.csv")
+    for name, style, label in (
+        ("train_loss", ".-", "training"),
+        ("held_out_loss", "o-", "held out"),
+    ):
+        rows = [row for row in metrics if row[name]]
+        steps = [int(row["step"]) for row in rows]
+        losses = [float(row[name]) for row in rows]
+        if rows:
+            axes.plot(steps, losses, style, linewidth=1, markersize=5, label=label)
+    qformer_steps = record["results"].get("qformer_steps", 0)
+    if qformer_steps:
+        axes.axvline(qformer_steps, color="gray", linestyle=":", label="language model joins")
+    axes.plot(0, 0)  # invisible, but leaves room above the highest point
+    axes.locator_params("x", integer=True)
+    axes.set(xlabel="step", ylabel="loss per token", ylim=(0, None))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    with io.BytesIO() as drawn:
+        figure.savefig(drawn, format="png", dpi=120)
+        write_whole(folder / "losses.png", drawn.getvalue())
 
 
-CARD = """---
-{metadata}
+PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>$title</title>
+<style>
+  :root { color-scheme: light dark; --right: #187a2f; --wrong: #b3261e; --quiet: #666; }
+  @media (prefers-color-scheme: dark) {
+    :root { --right: #6fd08a; --wrong: #ff8a80; --quiet: #aaa; }
+  }
+  body { font: 16px/1.45 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto;
+         padding: 0 1rem; overflow-wrap: anywhere; }
+  table { border-collapse: collapse; }
+  th, td { padding: .15rem 1rem .15rem 0; text-align: left; font-weight: normal; }
+  th, small, .quiet { color: var(--quiet); }
+  section { display: grid; gap: 1.5rem;
+            grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
+  figure { display: flex; gap: .8rem; margin: 0; }
+  figure img { width: 8rem; height: 8rem; object-fit: contain; flex: none; }
+  figcaption { min-width: 0; }
+  p { margin: 0 0 .2rem; }
+  .right { color: var(--right); }
+  .wrong { color: var(--wrong); }
+  .losses { max-width: 100%; background: white; border-radius: .4rem; }
+</style>
+<h1>$title</h1>
+$content
+</html>
+""")
+
+
+def write_page(path: Path, title: str, content: list[str]) -> None:
+    """A page that any browser shows without a network. `content` is HTML."""
+    page = PAGE.substitute(title=html.escape(title), content="\n".join(content))
+    write_whole(path, page.encode(errors="replace"))
+
+
+def embed_picture(path: str) -> str:
+    """A small copy of a picture in an <img>; a line of text where it can't be read any more."""
+    try:
+        picture = read_picture(path, 128)
+        picture.thumbnail((256, 256))
+        with io.BytesIO() as file:
+            picture.save(file, "JPEG", quality=75)
+            content = base64.b64encode(file.getvalue()).decode()
+    except Exception:  # many kinds; a picture that is gone must not cost the page
+        return '<p class="quiet">(the picture can\'t be read)</p>'
+    return f'<img src="data:image/jpeg;base64,{content}" alt="">'
+
+
+class Line(NamedTuple):
+    """A line of text next to a picture."""
+
+    label: str
+    text: str
+    kind: str = ""  # "right", "wrong" or "quiet" decides its colour
+
+
+class Card(NamedTuple):
+    """A picture on a page, with what is said about it."""
+
+    picture: str
+    lines: list[Line]
+
+
+def format_card(card: Card, root: str) -> str:
+    """HTML. The picture is named by its path below `root`."""
+    lines = []
+    for line in card.lines:
+        text = html.escape(printable(line.text))
+        # Only the text has a direction of its own: a label before it would decide it.
+        lines.append(
+            f'<p class="{line.kind}"><small>{html.escape(line.label)}</small> '
+            f'<span dir="auto">{text}</span></p>'
+        )
+    name = html.escape(printable(relative(card.picture, root)))
+    return (
+        f"<figure>{embed_picture(card.picture)}<figcaption>{''.join(lines)}"
+        f'<small dir="auto">{name}</small></figcaption></figure>'
+    )
+
+
+def format_section(title: str, cards: list[Card], limit: int, root: str) -> list[str]:
+    """HTML of the first `limit` cards. Threads read the pictures."""
+    if not cards:
+        return []
+    shown = cards[:limit]
+    with ThreadPoolExecutor(4) as pool:
+        figures = list(pool.map(lambda card: format_card(card, root), shown))
+    parts = [f"<h2>{html.escape(title)}</h2>"]
+    if len(shown) < len(cards):
+        parts.append(f"<p>{len(shown)} of {len(cards)} are shown.</p>")
+    return [*parts, "<section>", *figures, "</section>"]
+
+
+def list_held_out_cards(rows: list[dict[str, str]]) -> list[Card]:
+    """Cards for the rows of held_out.csv: wrong captions first, then the least sure ones."""
+
+    def rank(row: dict[str, str]) -> tuple[bool, float]:
+        is_right = row["after"] in json.loads(row["references"])
+        return is_right, float(row["confidence"])
+
+    cards = []
+    for row in sorted(rows, key=rank):
+        is_right, confidence = rank(row)
+        lines = []
+        for reference in json.loads(row["references"]):
+            lines.append(Line("caption", reference))
+        lines.append(Line("before", row["before"], "quiet"))
+        mark = "✓" if is_right else "✗"
+        kind = "right" if is_right else "wrong"
+        lines.append(Line(f"after {mark}", row["after"], kind))
+        lines.append(Line("confidence", f"{confidence:.2f}", "quiet"))
+        cards.append(Card(row["picture"], lines))
+    return cards
+
+
+def write_report(folder: Path, record: dict[str, Any]) -> None:
+    """report.html: from the tables in the folder, losses.png, and the record."""
+    parts = []
+    for remark in record["results"]["remarks"]:
+        parts.append(f"<p><strong>Please check:</strong> {html.escape(remark)}.</p>")
+    parts.append(f"<p>{html.escape(describe_start(record))}</p>")
+    parts.append("<table>")
+    for name, value in describe_results(record["results"]).items():
+        parts.append(f"<tr><th>{name.replace('_', ' ')}</th><td>{html.escape(value)}</td></tr>")
+    parts.append("</table>")
+    with contextlib.suppress(FileNotFoundError):  # it could not be drawn
+        losses = base64.b64encode((folder / "losses.png").read_bytes()).decode()
+        parts.append(f'<img class="losses" src="data:image/png;base64,{losses}" alt="Losses">')
+
+    pairs = []
+    for row in read_csv(folder / "pairs.csv"):
+        if row["split"] == "train":
+            lines = [Line("caption", row["caption"]), Line("loss", row["loss"], "quiet")]
+            pairs.append(Card(row["picture"], lines))
+    root = record["settings"]["TRAIN_DIR"]
+    parts += format_section(
+        "Held-out pictures: wrong captions first, then the least sure ones",
+        list_held_out_cards(read_csv(folder / "held_out.csv")),
+        MAX_PICTURES_SHOWN - MAX_PAIRS_SHOWN,
+        root,
+    )
+    parts += format_section(
+        "Training pairs with the highest losses: are their captions right?",
+        pairs,
+        MAX_PAIRS_SHOWN,
+        root,
+    )
+    name = Path(os.path.abspath(record["settings"]["OUTPUT_DIR"])).name
+    write_page(folder / "report.html", f"BLIP-2 captions: {name}", parts)
+
+
+def describe_start(record: dict[str, Any]) -> str:
+    """What "before" means in the results."""
+    start = record["settings"]["START_FROM"]
+    if start:
+        return f'"before" is the adapter in {printable(start)}, from which this training started.'
+    return '"before" is the base model, without an adapter.'
+
+
+CARD = string.Template("""---
+${base_model}library_name: peft
+license: other
+pipeline_tag: image-to-text
+tags:
+- blip-2
+- lora
+- image-captioning
 ---
 
-# BLIP-2 captions: {name}
+# BLIP-2 captions: $name
 
-A LoRA adapter for `{base}`, whose language model was loaded in {loaded}.
+A LoRA adapter for `$base`, whose language model was loaded in $loaded. $start
 
 | | |
 |---|---|
-{results}
-{remarks}
-![Losses, and held-out pictures with their caption, that before and that after](report.png)
-
+$results
+$remarks
+![Losses over the steps](losses.png)
+$examples
 ## Load it
 
 ```python
@@ -1316,407 +3721,545 @@ from peft import PeftModel
 from PIL import Image
 from transformers import BitsAndBytesConfig, Blip2ForConditionalGeneration, Blip2Processor
 
-folder = {name!r}  # where this is, or its name on the Hub
-dtype = torch.{dtype}
-quantization = {quantization}
+folder = $folder  # where this is, or its name on the Hub
+dtype = torch.$dtype
+quantization = $quantization
 processor = Blip2Processor.from_pretrained(folder)
 base = Blip2ForConditionalGeneration.from_pretrained(
-    {base!r}, dtype=dtype, quantization_config=quantization, device_map="auto")
+    $base_literal, dtype=dtype, quantization_config=quantization, device_map="auto")
+for module in base.modules():  # else bitsandbytes calculates differently on some CPUs
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
 model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).eval()
 
 picture = Image.open("picture.jpg").convert("RGB")
-inputs = processor(images=picture, text={prompt!r}, return_tensors="pt").to(base.device, dtype)
-ids = model.generate(**inputs, max_new_tokens={tokens}){cut}
+inputs = processor(images=picture, text=$prompt, return_tensors="pt").to(base.device, dtype)
+ids = model.generate(**inputs, max_new_tokens=$tokens)$without_prompt
 print(processor.decode(ids[0], skip_special_tokens=True).strip())
 ```
 
-The licence of the base model holds for what is made from it; that of OPT is for research only.
-"""
+## Publish it
+
+    hf upload your-name/your-captioner . --exclude report.html --exclude "*.csv"
+
+The page and the tables hold pictures and captions of the training data: leave them out unless they
+may be published. The licence of the base model also applies to this adapter; OPT's allows research
+only.
+""")
 
 
 def write_card(folder: Path, record: dict[str, Any]) -> None:
     """README.md: a model card for the Hub."""
-    settings, base = record["settings"], record["settings"]["MODEL_ID"]
-    metadata = ModelCardData(
-        base_model=None if os.path.isabs(base) else base, library_name="peft", license="other",
-        pipeline_tag="image-to-text", tags=["blip-2", "lora", "image-captioning"])
-    nf4 = ",\n".join(f"    {name}={value!r}" for name, value in NF4.items())
-    card = CARD.format(
-        metadata=metadata.to_yaml(), name=Path(os.path.abspath(settings["OUTPUT_DIR"])).name,
-        base=base, dtype=record["dtype"], prompt=settings["PROMPT"],
-        loaded="4 bits" if settings["LOAD_IN_4BIT"] else record["dtype"],
-        quantization=f"BitsAndBytesConfig(\n{nf4},\n    bnb_4bit_compute_dtype=dtype)"
-        if settings["LOAD_IN_4BIT"] else None,
-        results="\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value
-                          in describe_results(record["results"]).items()),
-        remarks="".join(f"\nTo look at: {remark}.\n" for remark in record["results"]["remarks"]),
+    settings = record["settings"]
+    base = settings["MODEL_ID"]
+    base_model = f"base_model: {base}\n"
+    if os.path.isabs(base):  # a folder, which the Hub does not have
+        base_model = ""
+    loaded = record["dtype"]
+    quantization = "None"
+    if settings["LOAD_IN_4BIT"]:
+        loaded = "4 bits"
+        options = ",\n".join(f"    {name}={value!r}" for name, value in NF4.items())
+        quantization = f"BitsAndBytesConfig(\n{options},\n    bnb_4bit_compute_dtype=dtype)"
+    without_prompt = ""
+    if record["language_model"] == "opt":  # which repeats the prompt
+        without_prompt = '[:, inputs["input_ids"].shape[1] :]'
+
+    results = []
+    for name, value in describe_results(record["results"]).items():
+        results.append(f"| {name.replace('_', ' ')} | {value} |")
+    remarks = []
+    for remark in record["results"]["remarks"]:
+        remarks.append(f"\nPlease check: {remark}.\n")
+    examples = []
+    for row in spread(read_csv(folder / "held_out.csv"), 3):
+        references = " / ".join(json.loads(row["references"]))
+        # Indented text is shown as it is, whatever is in it.
+        examples.append(f"\n    reference: {references}\n    before:    {row['before']}")
+        examples.append(f"    after:     {row['after']}\n")
+
+    name = Path(os.path.abspath(settings["OUTPUT_DIR"])).name
+    card = CARD.substitute(
+        base_model=base_model,
+        name=name,
+        base=base,
+        loaded=loaded,
+        start=describe_start(record),
+        results="\n".join(results),
+        remarks="".join(remarks),
+        examples="\n".join(examples),
+        folder=repr(name),
+        dtype=record["dtype"],
+        quantization=quantization,
+        base_literal=repr(base),
+        prompt=repr(settings["PROMPT"]),
         tokens=settings["MAX_CAPTION_TOKENS"] + 1,
-        cut='[:, inputs["input_ids"].shape[1] :]' if record["language_model"] == "opt" else "")
-    write_whole(folder / "README.md", str(ModelCard(card)).encode(errors="surrogateescape"))
+        without_prompt=without_prompt,
+    )
+    write_whole(folder / "README.md", card.encode(errors="surrogateescape"))
 
 
-def make_pages(folder: Path, record: dict[str, Any]) -> int:
-    """Report and card, where they are missing. Returns the exit code: 1 if one can't be made."""
+PAGES = {  # in this order, as the page shows the losses
+    "losses.png": draw_losses,
+    "report.html": write_report,
+    "README.md": write_card,
+}
+
+
+def make_missing_pages(folder: Path, record: dict[str, Any]) -> int:
+    """The pages that are not in the folder. Returns the exit code: 1 if one can't be made."""
     code = 0
-    for name, make in (("report.png", draw_report), ("README.md", write_card)):
+    for name, make in PAGES.items():
         try:
             if not (folder / name).exists():
                 make(folder, record)
-        except OSError:  # a full disk: the same command goes on when there is room
+        except OSError:  # a full disk: the same command continues when there is room
             raise
-        except Exception as error:  # these must never cost the adapter
-            print(f"error: {name} can't be made: {error!r}. The adapter is saved; the same command "
-                  "tries again.", file=sys.stderr)
+        except Exception as error:  # a failed page must not lose the adapter
+            print(
+                f"error: {name} can't be made: {error!r}. The adapter is saved; the same command "
+                "tries again.",
+                file=sys.stderr,
+            )
             code = 1
     return code
 
 
-# ---- Runs: one folder, and one file to continue from, until all is done -------------------------
+def flush_files(folder: Path) -> None:
+    """Returns when all of them are on the disk, with the permissions of settings.json."""
+    for path in folder.iterdir():
+        if path.is_file():
+            shutil.copymode(folder / "settings.json", path)  # PEFT's only the owner could read
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
 
 
-def fingerprint(settings: argparse.Namespace, data: Data) -> str:
-    """Of the pictures' relative paths, their sizes, and the captions."""
-    folders = (data.pairs, settings.TRAIN_DIR), (data.validation, settings.VALIDATION_DIR)
-    lines = [picture_key(picture, root).rpartition(" ")[0] + "\n" + caption  # without the time
-             for pairs, root in folders for picture, caption in pairs]
-    digest = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape"))
-    return f"{len(lines)} pairs, {digest.hexdigest()[:16]}"
-
-
-def list_differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What makes this run another one than the earlier, of what is known now."""
-    old, new = (record["settings"] | {
-        "pictures or captions": record.get("data"),
-        "the vision side of MODEL_ID": record.get("vision_side"),
-        "pictures that can't be read": record.get("unreadable")} for record in (earlier, now))
-    return [f"{name}: {old.get(name)!r} then, {value!r} now" for name, value in new.items()
-            if name not in HARMLESS and value is not None and old.get(name) != value]
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The settings.json of a run, with `results` when it is finished; {}: none, or damaged."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        record = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        return record if isinstance(record.get("settings"), dict) else {}
-    return {}
-
-
-@dataclasses.dataclass
-class Run:
-    """What a run is known by, and where it writes."""
-
-    output: Path  # OUTPUT_DIR, where it is when it is finished
-    folder: Path  # where it is until then
-    record: dict[str, Any]  # settings.json
-    accelerator: Accelerator
-
-    def put_in_place(self) -> None:
-        """Renames a finished run to OUTPUT_DIR, and what was there by the date.
-
-        Raises UserError where something else than a run is there.
-        """
-        earlier = self.output.exists() and any(self.output.iterdir())
-        if earlier and not read_record(self.output):
-            raise UserError(f"OUTPUT_DIR {str(self.output)!r} holds files that are not from a run "
-                            "of this script. Name another folder, or move them.")
-        if (self.folder / "checkpoint.pt").exists() or not read_record(self.folder).get("results"):
-            return
-        if earlier:
-            name = f"{self.output}-{time.strftime('%Y-%m-%d')}"
-            names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
-            aside = next(name for name in names if not os.path.lexists(name))
-            self.output.rename(aside)
-            print(f"the earlier run is in {printable(aside)} now")
-        elif self.output.exists():
-            self.output.rmdir()
-        self.folder.rename(self.output)
-
-    def find_checkpoint(self, restart: bool) -> dict[str, Any] | None:
-        """What to continue from, {} for a new run; None: it is finished. Raises UserError."""
-        path, earlier = self.folder / "checkpoint.pt", read_record(self.output)
-        if restart or not path.exists():
-            same = earlier.get("results") and not list_differences(earlier, self.record)
-            return None if same and not restart else {}
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises a dozen kinds
-            raise UserError(f"{str(path)!r} is damaged. Put back a copy of it, or give --restart "
-                            "to train anew.") from error
-        self.refuse_another(checkpoint)
-        return checkpoint
-
-    def refuse_another(self, checkpoint: dict[str, Any]) -> None:
-        """Raises UserError where a checkpoint, {} for none, is that of another run."""
-        if changed := checkpoint and list_differences(checkpoint["record"], self.record):
-            raise UserError("\n  ".join([
-                f"{str(self.folder)!r} holds an unfinished run, and:", *changed, "Set that back to "
-                "continue, give --restart to train anew, or name another OUTPUT_DIR."]))
-
-    def log(self, row: dict[str, float]) -> None:
-        """A row of metrics.csv, to the tracker."""
-        known = {name: value for name, value in row.items() if value == value}  # no NaN
-        self.accelerator.log(known, step=row["step"])
-
-    def close_trackers(self) -> None:
-        """They hold files in this folder."""
-        while self.accelerator.trackers:
-            self.accelerator.trackers.pop().finish()
-
-    def save(self, now: Progress, learner: Learner) -> None:
-        """First, if it is the best so far, the adapter; then what the run continues from."""
-        if not self.accelerator.is_main_process:
-            return
-        if now.best_step == now.step:
-            save_adapter(self.folder, self.record, learner)
-        buffer = io.BytesIO()  # of a full disk, torch.save itself has no sentence
-        torch.save({"record": self.record, "progress": vars(now), "learner": learner.state()},
-                   buffer)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_csv(self.folder / "metrics.csv", [METRICS, *(row.values() for row in now.metrics)])
-        write_whole(self.folder / "checkpoint.pt", buffer.getvalue())
-
-
-def begin(settings: argparse.Namespace, captioner: Captioner, datasets: Datasets,
-          checkpoint: dict[str, Any]) -> tuple[Learner, Progress]:
-    """A learner, and where it is: at the checkpoint, or {}, at the start."""
-    torch.manual_seed(settings.SEED)  # of the adapter's first weights
-    adapter = add_lora(captioner.model, settings.LORA_TARGETS, settings.LORA_RANK,
-                       settings.LORA_ALPHA, settings.LORA_DROPOUT)
-    learner = Learner(captioner, adapter, settings.WEIGHT_DECAY)
-    if captioner.device.type == "cuda":  # a backward makes cuBLAS's handles, while there is room
-        learner.backward([datasets.training[0]], 1, 1)
-    if checkpoint:
-        learner.load(checkpoint["learner"])
-        return learner, Progress(**checkpoint["progress"])
-    before = dict.fromkeys(METRICS, math.nan) | {"step": 0, "epoch": 0, "seconds": 0.0}
-    before["held_out_loss"] = held_out_loss(datasets.held_out)
-    print(f"held-out loss before: {before['held_out_loss']:.4f}" if len(datasets.held_out)
-          else "nothing held out: the last adapter is saved")
-    captions = [text for text, _ in caption_held_out(datasets)]
-    return learner, Progress(captions, [before], torch.zeros(len(datasets.training)))
-
-
-def finish(run: Run, learner: Learner, datasets: Datasets, now: Progress,
-           skipped: list[Skipped]) -> int:
-    """All that a run leaves, to be killed and finished again anywhere. Returns the exit code."""
-    losses, captions = measure_losses(datasets.held_out), caption_held_out(datasets)
-    if not run.accelerator.is_main_process:
+def write_results(
+    run: Run, learner: Learner, datasets: Datasets, progress: Progress, findings: Findings
+) -> int:
+    """All that a run leaves. Killed anywhere, it can be run again. Returns the exit code."""
+    held_out_losses = measure_losses(learner.captioner, datasets.held_out)
+    captions = caption_held_out(learner.captioner, datasets)
+    hard_words = list_hard_words(learner.captioner, datasets.held_out)
+    if not run.is_main:
         return 0
-    folder, settings, references = run.folder, run.record["settings"], datasets.held_out.references
-    save_adapter(folder, run.record, learner)
-    pairs = [list_pairs("train", datasets.training, now.pair_losses / settings["EPOCHS"]),
-             list_pairs("held out", datasets.held_out, losses)]
-    rows = [Captioned(picture, references[picture], before, *after) for picture, before, after
-            in zip(datasets.captioned, now.captions, captions, strict=True)]
-    record = run.record | {"not_used": len(skipped), "results": summarize(rows, datasets, now)}
-    write_csv(folder / "pairs.csv", [("split", "loss", "tokens", "picture", "caption"),
-                                     *itertools.chain(*pairs)])
-    write_csv(folder / "held_out.csv", [Captioned._fields, *(
-        row._replace(references=json.dumps(row.references, ensure_ascii=False)) for row in rows)])
-    write_csv(folder / "skipped.csv", [("path", "reason"), *skipped])
-    for page in ("report.png", "README.md"):  # PEFT's, or of an earlier try
-        (folder / page).unlink(missing_ok=True)
-    code = make_pages(folder, record)
-    for path in (path for path in folder.iterdir() if path.is_file()):
-        shutil.copymode(folder / "settings.json", path)  # safetensors are for their owner alone
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    # All is on the disk: what the run continues from can go.
-    write_whole(folder / "settings.json", (json.dumps(record, indent=2) + "\n").encode())
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
-    run.close_trackers()
-    run.put_in_place()
-    print_summary(record, rows, pairs)
+    training_losses = progress.pair_losses / run.record["settings"]["EPOCHS"]
+    training_pairs = list_pairs("train", datasets.training, training_losses)
+    held_out_pairs = list_pairs("held out", datasets.held_out, held_out_losses)
+    captioned = []
+    for picture, before, after in zip(
+        datasets.to_caption, progress.captions, captions, strict=True
+    ):
+        references = datasets.held_out.references[picture]
+        captioned.append(
+            CaptionedPicture(picture, references, before, after.text, after.confidence)
+        )
+    trains_qformer = learner.captioner.trains_qformer
+    results = summarize(captioned, datasets, progress, hard_words, trains_qformer)
+    record = run.record | {"not_used": len(findings.skipped), "results": results}
+
+    save_adapter(run.folder, run.record, learner)
+    write_tables(run.folder, training_pairs + held_out_pairs, captioned, findings)
+    for name in PAGES:  # of an earlier attempt; PEFT has written a README.md of its own
+        (run.folder / name).unlink(missing_ok=True)
+    code = make_missing_pages(run.folder, record)
+    flush_files(run.folder)
+
+    # All is on the disk: it can be said to be finished, and what it continued from can go.
+    write_record(run.folder, record)
+    run.checkpoint_path.unlink(missing_ok=True)
+    run.tracking.close()
+    run.refuse_foreign_files()  # there may be some since the run began
+    run.publish()
+    print_summary(record, captioned)
     print(f"adapter:         {printable(str(run.output))}")
+    print(f"look at:         {printable(str(run.output / 'report.html'))}")
     return code
 
 
-def print_summary(record: dict, rows: list[Captioned], pairs: list[list[tuple]]) -> None:
-    """Some captions, the hardest pairs, and the results."""
-    for row in spread(rows, record["settings"]["SAMPLE_COUNT"]):
-        print(f"{printable(row.picture)}\n  reference: {printable(' / '.join(row.references))}\n"
-              f"  before:    {printable(row.before)}\n  after:     {printable(row.after)}")
-    print("highest losses, perhaps wrong captions (pairs.csv has all):")
-    for split, loss, _, picture, caption in itertools.chain(*(some[:3] for some in pairs)):
-        print(f"  {loss:.3f} {split}, {printable(picture)}: {printable(caption)[:60]}")
+def print_summary(record: dict[str, Any], captioned: list[CaptionedPicture]) -> None:
+    """A few captions, and the results."""
+    for row in spread(captioned, record["settings"]["SAMPLE_COUNT"]):
+        print(printable(row.picture))
+        print(f"  reference: {printable(' / '.join(row.references))}")
+        print(f"  before:    {printable(row.before)}")
+        print(f"  after:     {printable(row.after)}")
     for name, value in describe_results(record["results"]).items():
         print(f"{name + ':':<17}{value}")
     for remark in record["results"]["remarks"]:
-        print(f"to look at:      {remark}")
-
-
-def fine_tune(settings: argparse.Namespace, data: Data) -> int:
-    """A run, or the rest of it. Returns the exit code."""
-    output = Path(os.path.realpath(settings.OUTPUT_DIR))  # of a link, what it points to
-    accelerator = Accelerator(cpu=settings.DEVICE == "cpu", log_with=settings.LOG_WITH or None,
-                              project_dir=f"{output}.unfinished")
-    record = {"settings": {name: getattr(settings, name) for name in SETTINGS},
-              "data": fingerprint(settings, data)}
-    run = Run(output, Path(f"{output}.unfinished"), record, accelerator)
-    with contextlib.ExitStack() as stack:
-        # Not after an error: it would wait for the others, and they for this process.
-        stack.push(lambda kind, *_: None if kind and issubclass(kind, Exception)
-                   else accelerator.end_training())
-        stack.callback(run.close_trackers)
-        if accelerator.is_main_process:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(f"{output}.lock", timeout=0))
-            run.put_in_place()
-        accelerator.wait_for_everyone()
-        checkpoint = run.find_checkpoint(settings.restart)
-        seen = gather_object([(run.record, checkpoint and checkpoint["progress"]["step"])])
-        if any(list_differences(seen[0][0], other) or at != seen[0][1] for other, at in seen):
-            raise UserError(NOT_SHARED)
-        if checkpoint is None:
-            print(f"this run is finished: its adapter is in {printable(str(output))}. To train "
-                  "anew, change a setting or give --restart.")
-            return make_pages(output, read_record(output)) if accelerator.is_main_process else 0
-        if checkpoint:
-            settings.DTYPE = checkpoint["record"]["dtype"]  # whatever this device's would be
-        captioner = load_captioner(settings)
-        run.record |= {
-            "vision_side": hash_vision_side(captioner), "processes": accelerator.num_processes,
-            "language_model": captioner.model.config.text_config.model_type,
-            "base_commit": getattr(captioner.model.config, "_commit_hash", None),
-            "device": str(captioner.device), "dtype": str(captioner.dtype).removeprefix("torch."),
-            "versions": {name: version(name) for name in PACKAGES}}
-        run.refuse_another(checkpoint)
-        feature_dir = feature_folder(settings.TRAIN_DIR, str(output), run.record["vision_side"])
-        datasets, broken = build_datasets(settings, captioner, data, feature_dir)
-        run.record["unreadable"] = [path for path, _ in broken]
-        run.refuse_another(checkpoint)
-        learner, now = begin(settings, captioner, datasets, checkpoint)
-        accelerator.init_trackers("blip2", config=run.record["settings"])
-        if not checkpoint and accelerator.is_main_process:
-            for name in ("settings.json", "checkpoint.pt"):  # of a run that is given up
-                (run.folder / name).unlink(missing_ok=True)
-        if not now.step:
-            run.log(now.metrics[0])
-        train(settings, learner, datasets, now, run)
-        return finish(run, learner, datasets, now, data.skipped + broken)
+        print(f"please check:    {remark}")
 
 
 # ---- Commands -----------------------------------------------------------------------------------
 
 
-def check_pictures(settings: argparse.Namespace, data: Data) -> int:
+def describe_model(captioner: Captioner) -> dict[str, Any]:
+    """The facts about the loaded model."""
+    config = captioner.model.config
+    versions = {"torch": torch.__version__}  # with its build, as in 2.13.0+cu130
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # bitsandbytes, without LOAD_IN_4BIT
+            versions.setdefault(name, version(name))
+    return {
+        "vision_side": hash_vision_side(captioner),
+        "processes": PartialState().num_processes,
+        "language_model": config.text_config.model_type,
+        "base_commit": getattr(config, "_commit_hash", None),
+        "device": str(captioner.device),
+        "dtype": str(captioner.dtype).removeprefix("torch."),
+        "versions": versions,
+    }
+
+
+def fine_tune(settings: argparse.Namespace, data: Data, findings: Findings) -> int:
+    """A run from wherever it is to its end. Returns the exit code."""
+    with open_run(settings, data) as run:
+        run.find_checkpoint(settings.restart)
+        run.refuse_other_processes()
+        if run.is_finished:
+            print(
+                f"this run is finished: its adapter is in {printable(str(run.output))}. To train "
+                "from scratch, give --restart."
+            )
+            return make_missing_pages(run.output, read_record(run.output)) if run.is_main else 0
+
+        if run.checkpoint:  # whatever "auto" would be on this device
+            settings.DTYPE = run.checkpoint["record"]["dtype"]
+        captioner = load_captioner(settings)
+        run.note(**describe_model(captioner))
+
+        folder = make_feature_folder(settings.TRAIN_DIR, run.output, run.record["vision_side"])
+        feature_files = encode_pictures(
+            captioner, data.pictures, settings.TRAIN_DIR, folder, settings.NUM_WORKERS, findings
+        )
+        run.note(unreadable=sorted(set(data.pictures) - feature_files.keys()))
+        captioner.drop_vision_side()
+
+        datasets = build_datasets(settings, data, feature_files, captioner.row_builder)
+        describe_datasets(datasets, captioner.row_builder)
+        learner, progress = start(settings, captioner, datasets, run.checkpoint)
+        run.discard_earlier()
+        run.tracking.start(run.record["settings"])
+        if not progress.step:
+            run.tracking.log(progress.metrics[0])
+        print(describe_steps(settings, len(datasets.training), progress))
+        train(settings, learner, datasets, progress, run)
+        return write_results(run, learner, datasets, progress, findings)
+
+
+def check_pictures(settings: argparse.Namespace, data: Data, findings: Findings) -> int:
     """Lists every pair, and what is not used. Returns the exit code: 1 if no pair is left."""
-    captions, skipped, readable = defaultdict(list), list(data.skipped), set()
+    captions = defaultdict(list)
     for picture, caption in data.pairs + data.validation:
         captions[picture].append(caption)
-    for pictures in read_pictures(list(captions), None, settings.NUM_WORKERS, "checking", skipped):
-        readable.update(pictures)
-        for picture in pictures:
+    readable = set()
+    for pixels in read_pictures(data.pictures, None, settings.NUM_WORKERS, "checking", findings):
+        readable.update(pixels)
+        for picture in pixels:
             for caption in captions[picture]:
                 print(f"{printable(picture)}\t{printable(caption)}")
-    print_skipped(skipped, named=sys.maxsize)
-    counts = [sum(pair.picture in readable for pair in some) for some in data[:2]]
-    print(f"pairs: {sum(counts)}")
-    return 0 if all(counts if settings.VALIDATION_DIR else counts[:1]) else 1
+
+    print_findings(findings, show_all=True)
+    to_train = sum(pair.picture in readable for pair in data.pairs)
+    to_measure = sum(pair.picture in readable for pair in data.validation)
+    print(f"pairs: {to_train + to_measure}")
+    is_missing = not to_train or (settings.VALIDATION_DIR and not to_measure)
+    return 1 if is_missing else 0
+
+
+def expand_path(path: str) -> list[str]:
+    """The files and folders that a path of --caption names. Raises UserError.
+
+    "~" is the home folder. A pattern with * is expanded, since Windows' shells don't do it.
+    """
+    if re.match(r"\w+://", path):
+        raise UserError(f"{path!r} is a URL. Download the picture, and name the file.")
+    path = os.path.expanduser(path)
+    if os.path.lexists(path):
+        return [path]
+    folder, name = os.path.split(path)
+    if os.path.isdir(folder):  # it may have brackets in its name
+        path = os.path.join(glob.escape(folder), name)
+    return sorted(glob.glob(path, recursive=True))
+
+
+def list_pictures(paths: list[str], findings: Findings) -> list[str]:
+    """These files, and those in these folders, each once. Raises UserError for none."""
+    pictures: dict[str, None] = {}  # a set that keeps the order
+    for path in paths:
+        matches = expand_path(path)
+        if not matches and has_control_character(path):
+            raise UserError(f"there is no {path!r}, {CONTROL_CHARACTER_REMEDY}.")
+        if not matches:
+            findings.skip(path, f"there is no such file or folder{describe_near_file(path)}")
+        for match in matches:
+            if not os.path.isdir(match):
+                pictures[os.path.normpath(match)] = None
+                continue
+            for file in list_files(match, findings):
+                if is_other_extension(os.path.splitext(file)[1]):
+                    findings.not_pictures.append(file)
+                else:
+                    pictures[os.path.normpath(file)] = None
+    if not pictures:
+        reasons = [f"{path!r}: {reason}" for path, reason in findings.skipped[:MAX_NAMED]]
+        why = "; ".join(reasons) or f"there is no picture in {paths}"
+        raise UserError(f"nothing to caption. {why}. Name pictures, or folders.")
+    return list(pictures)
+
+
+def describe_near_file(path: str) -> str:
+    """The end of a reason: that there is a file with nearly this path; "": there is none."""
+    folder, name = os.path.split(path)
+    try:
+        names = os.listdir(folder or ".")
+    except OSError:
+        return ""
+    return NearNames(names).describe(name)
+
+
+def load_trained(settings: argparse.Namespace) -> Captioner:
+    """With the adapter, base, prompt and quantization in OUTPUT_DIR. Raises UserError."""
+    output = Path(settings.OUTPUT_DIR)
+    refusal = (
+        f"OUTPUT_DIR {str(output)!r} holds no adapter that can be read: {{}}. Train one first, or "
+        "finish a run with the command that began it."
+    )
+    try:
+        text = (output / "settings.json").read_text(encoding="utf-8")
+        record = complete_record(json.loads(text))
+        trained = argparse.Namespace(**record["settings"])
+        dtype = record["dtype"]
+        load_file(output / "adapter_model.safetensors")  # else PEFT would look for it on the Hub
+    except KeyError as error:
+        raise UserError(refusal.format(f"settings.json lacks {error}")) from error
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(refusal.format(error)) from error
+
+    trained.DEVICE = settings.DEVICE
+    trained.NUM_BEAMS = settings.NUM_BEAMS
+    trained.DTYPE = "auto" if dtype == "float16" else dtype  # which not all devices have
+    captioner = load_captioner(trained)
+    try:
+        PeftModel.from_pretrained(
+            captioner.model,
+            str(output),
+            torch_device=str(captioner.device),
+            autocast_adapter_dtype=False,
+        )
+    except (RuntimeError, ValueError, TypeError, OSError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(refusal.format(f"it does not fit the base: {reason}")) from error
+    return captioner
 
 
 def caption_pictures(settings: argparse.Namespace) -> int:
     """Prints path<TAB>caption<TAB>confidence for pictures, and those in folders.
 
-    Adapter, base, prompt and quantization are those in OUTPUT_DIR. All else goes to stderr.
-    Returns the exit code: 1 if a picture could not be captioned.
+    All else goes to stderr. Returns the exit code: 1 if a picture could not be captioned.
     """
-    pictures, skipped, output = {}, [], settings.OUTPUT_DIR  # a dict: each picture once, in order
-    for path in settings.caption:
-        found = list_files(path, skipped) if os.path.isdir(path) else [path]
-        pictures |= dict.fromkeys(
-            file for file in found  # captions beside pictures are no pictures
-            if file == path or not file.lower().endswith((".txt", ".csv", ".jsonl")))
-    if not pictures:
-        raise UserError(f"there is no file in {settings.caption}. Name pictures, or folders.")
-    print(f"adapter: {printable(output)}", file=sys.stderr)
-    try:
-        record = json.loads(Path(output, "settings.json").read_text(encoding="utf-8"))
-        trained = argparse.Namespace(**record["settings"] | {
-            "DEVICE": settings.DEVICE, "NUM_BEAMS": settings.NUM_BEAMS,
-            "DTYPE": "auto" if record["dtype"] == "float16" else record["dtype"]})
-        load_file(f"{output}/adapter_model.safetensors")  # else peft would look for it on the Hub
-        with contextlib.redirect_stdout(sys.stderr):
-            captioner = load_captioner(trained)
-        PeftModel.from_pretrained(captioner.model, output, torch_device=str(captioner.device),
-                                  autocast_adapter_dtype=False)
-    except (OSError, KeyError, AttributeError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"OUTPUT_DIR {output!r} holds no adapter that can be read: {error}. Train "
-                        "one first, or finish a run by its own command.") from error
-    processor, workers = captioner.processor.image_processor, settings.NUM_WORKERS
-    for pixels in read_pictures(list(pictures), processor, workers, "captioning", skipped):
-        texts = captioner.caption(captioner.encode([*pixels.values()]))
-        for picture, (text, confidence) in zip(pixels, texts, strict=True):
-            tqdm.write(f"{printable(picture)}\t{printable(text)}\t{confidence:.4f}")
+    findings = Findings()
+    pictures = list_pictures(settings.caption, findings)
+    print(f"adapter: {printable(settings.OUTPUT_DIR)}", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):
-        print_skipped(skipped, named=sys.maxsize)
-    return 1 if skipped else 0
+        captioner = load_trained(settings)
+
+    captions: dict[str, Caption] = {}
+    processor = captioner.processor.image_processor
+    for pixels in read_pictures(pictures, processor, settings.NUM_WORKERS, "captioning", findings):
+        for picture, caption in zip(
+            pixels, captioner.caption(captioner.encode(list(pixels.values()))), strict=True
+        ):
+            line = f"{printable(picture)}\t{printable(caption.text)}\t{caption.confidence:.4f}"
+            tqdm.write(line)
+            captions[picture] = caption
+
+    with contextlib.redirect_stdout(sys.stderr):
+        if settings.write_txt:
+            write_caption_files(captions)
+        if settings.page:
+            write_caption_page(Path(settings.page), captions)
+        print_notes(findings, name_files=False)
+        print_skipped(findings.skipped, show_all=True)
+    return 1 if findings.skipped else 0
+
+
+def write_caption_files(captions: dict[str, Caption]) -> None:
+    """<name>.txt next to each picture that has none."""
+    written = 0
+    for picture, caption in captions.items():
+        path = Path(picture).with_suffix(".txt")
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(caption.text + "\n")
+        except FileExistsError:
+            continue
+        written += 1
+    kept = len(captions) - written
+    print(f"captions written next to pictures: {written} (.txt); there already, and kept: {kept}")
+
+
+def write_caption_page(path: Path, captions: dict[str, Caption]) -> None:
+    """A page of new pictures and their captions, the least sure first."""
+    cards = []
+    for picture, caption in sorted(captions.items(), key=lambda item: item[1].confidence):
+        lines = [
+            Line("", caption.text),
+            Line("confidence", f"{caption.confidence:.2f}", "quiet"),
+        ]
+        cards.append(Card(picture, lines))
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(card.picture)) for card in cards])
+    content = format_section("The least sure first", cards, MAX_PICTURES_SHOWN, root)
+    write_page(path, "BLIP-2 captions", content)
+    print(f"page: {printable(str(path))}")
+
+
+def read_data(settings: argparse.Namespace, findings: Findings) -> Data:
+    """The pairs of both folders, and what is not used of them. Raises UserError."""
+    pairs = find_pairs(settings.TRAIN_DIR, findings)
+    validation: list[Pair] = []
+    if settings.VALIDATION_DIR:
+        validation = find_pairs(settings.VALIDATION_DIR, findings)
+        warn_of_copies(pairs, validation, show_all=settings.check)
+    pictures = list(dict.fromkeys(pair.picture for pair in pairs + validation))
+    return Data(pairs, validation, pictures)
+
+
+def warn_of_copies(pairs: list[Pair], validation: list[Pair], show_all: bool) -> None:
+    """Names pictures of VALIDATION_DIR that are, byte for byte, in TRAIN_DIR too."""
+    trained = {pair.picture for pair in pairs}
+    measured = {pair.picture for pair in validation}
+    copies = find_copies(trained | measured)
+    trained_originals = {copies.get(picture, picture) for picture in trained}
+    both = [path for path in sorted(measured) if copies.get(path, path) in trained_originals]
+    if both:
+        named = both if show_all else both[:MAX_NAMED]
+        what = count_of(len(both), "picture of VALIDATION_DIR is", "pictures of VALIDATION_DIR are")
+        print(
+            f"warning: {what} in TRAIN_DIR too, so the held-out loss will look better than it is: "
+            + ", ".join(map(printable, named))
+        )
+
+
+def refuse_other_launchers() -> None:
+    """Raises UserError if accelerate was set up for something that this script does not do."""
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        variable = f"ACCELERATE_USE_{name}"
+        if os.environ.get(variable, "false").lower() not in ("", "0", "false", "no"):
+            raise UserError(
+                f"{variable} is set in the environment, but this script does plain data parallel "
+                "training only. Unset it, or answer no to it in `accelerate config`."
+            )
 
 
 def run_command(settings: argparse.Namespace) -> int:
     """What the settings and flags ask for. Returns the exit code."""
+    refuse_other_launchers()
     # Processes wait for each other for a day at most: a download or an encoding pass may be slow.
-    state = PartialState(cpu=getattr(settings, "DEVICE", "") == "cpu", timeout=timedelta(days=1))
+    on_cpu = settings.DEVICE == "cpu"
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))
     if int(os.environ.get("WORLD_SIZE", 1)) > state.num_processes:
-        raise UserError("several processes were started, but there is no GPU for them. Mend that, "
-                        "or try it with --device cpu.")
+        raise UserError(
+            "several processes were started, but there is no GPU for them. Fix that, "
+            "or try it with --device cpu."
+        )
     check_settings(settings)
     if settings.caption:
         return caption_pictures(settings)
-    named = sys.maxsize if settings.check else NAMED
-    pairs, skipped = find_pairs(settings.TRAIN_DIR, named)
-    validation, more = (find_pairs(settings.VALIDATION_DIR, named) if settings.VALIDATION_DIR
-                        else ([], []))
-    data = Data(pairs, validation, skipped + more)
-    if copies := find_copies(*({pair.picture for pair in some} for some in (validation, pairs))):
-        print(f"warning: {len(copies)} pictures of VALIDATION_DIR are in TRAIN_DIR too, and make "
-              f"the held-out loss too good: {', '.join(map(printable, copies[:named]))}")
+
+    findings = Findings()
+    try:
+        data = read_data(settings, findings)
+    except UserError:  # the reason is among the findings
+        print_findings(findings, show_all=settings.check)
+        raise
     if settings.check:
-        return check_pictures(settings, data)
-    return fine_tune(settings, data)
+        return check_pictures(settings, data, findings)
+    print_findings(findings, show_all=False)
+    return fine_tune(settings, data, findings)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code."""
-    errors, who = sys.stderr, ""
-    if process := int(os.environ.get("RANK", 0)):  # one of several: the first speaks for all
-        who = f"process {process}: "
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):  # file names may be no valid Unicode
+def find_remedy(error: Exception) -> str:
+    """What to do about an error that a library raised; "": none is known."""
+    if isinstance(error, Timeout):  # of the lock of OUTPUT_DIR
+        return (
+            "Another run is using this OUTPUT_DIR: stop it, or name another folder. Only if there "
+            "is none (it was killed on another machine), delete that file."
+        )
+    if is_out_of_memory(error):
+        return f"{MEMORY_REMEDY}."
+    if isinstance(error, OSError) or "os error" in str(error):  # safetensors' have no class
+        return "Fix that, and run the same command again."
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    if isinstance(error, torch.distributed.DistError) or is_of_gloo:
+        return "Another process has ended: see its message."
+    return ""
+
+
+def prepare_output() -> None:
+    """File names that are not valid Unicode can be printed; libraries print only errors."""
+    for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # in a notebook
-            stream.reconfigure(encoding=None if stream.isatty() else "utf-8",
-                               errors="backslashreplace", line_buffering=True)
+            stream.reconfigure(
+                encoding=None if stream.isatty() else "utf-8",
+                errors="backslashreplace",
+                line_buffering=True,
+            )
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="PIL|transformers|peft|matplotlib")
 
-    def stop(number: int, _: Any) -> None:
-        raise KeyboardInterrupt(number)
 
-    before = signal.signal(signal.SIGTERM, stop)  # as Ctrl-C
+def interrupt(number: int, _: Any) -> None:
+    """For SIGTERM, as Python does it for Ctrl-C."""
+    raise KeyboardInterrupt(number)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code."""
+    real_stderr = sys.stderr
+    speaker = ""
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:  # one of several processes: the first speaks for all, except of errors
+        speaker = f"process {rank}: "
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    prepare_output()
+    settings = parse_arguments(argv)
+    is_training = not settings.check and not settings.caption
+
+    handler = signal.signal(signal.SIGTERM, interrupt)
     try:
-        return run_command(parse_arguments(argv))
-    except KeyboardInterrupt as interrupt:
-        print(f"{who}stopped; a training continues by the same command, without --restart if its "
-              "steps had begun", file=errors)
-        return 128 + (interrupt.args or (signal.SIGINT,))[0]
+        return run_command(settings)
+    except (KeyboardInterrupt, Stopped) as stopped:
+        line = f"{speaker}stopped"
+        if is_training:
+            line += "; to continue, run the same command again, without --restart"
+        print(line, file=real_stderr)
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        return 128 + number
     except UserError as error:
-        print(f"{who}error: {error}", file=errors)
+        print(f"{speaker}error: {error}", file=real_stderr)
         return 1
-    except BrokenPipeError:  # the reader has had enough: --check | head
+    except BrokenPipeError:  # nobody reads the output any more: --check | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if is_training:
+            print(
+                f"{speaker}stopped, since nobody reads the output. The same command continues.",
+                file=real_stderr,
+            )
         return 1
     except Exception as error:
-        said = f"{[kind.__name__ for kind in type(error).__mro__]}: {error}"
-        remedy = next((text for what, text in REMEDIES.items() if re.search(what, said)), "")
+        remedy = find_remedy(error)
         if not remedy:
             raise
-        print(f"{who}error: {str(error).rstrip('.')}. {remedy}", file=errors)
+        print(f"{speaker}error: {str(error).rstrip('.')}. {remedy}", file=real_stderr)
         return 1
     finally:
-        signal.signal(signal.SIGTERM, before)
-        sys.stderr = errors  # of what is not expected, every process shows the traceback
+        signal.signal(signal.SIGTERM, handler)
+        sys.stderr = real_stderr  # each process shows the traceback of what is not expected
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 
 The tiny model is a real Blip2ForConditionalGeneration (OPT kind, Blip2Processor, byte-level
 tokenizer, a newline as stop token) that captions drawings of one coloured shape. It knows several
-styles of caption. The plain one is the most frequent, so it is what the model uses by itself; a
-small adapter can teach it to use one of the rare ones, SAMPLE_STYLE, in which the captions in
-train/ are written. Everything is seeded; progress and score are printed.
+styles of caption. The plain one is the most frequent, so that the model uses it by itself; a small
+adapter can teach it to use one of the rare ones, SAMPLE_STYLE, in which the captions in train/ are
+written. Everything is seeded; progress and score are printed.
 """
 
 import argparse
@@ -36,15 +36,14 @@ SEED = 7
 PICTURE_SIDE = 96  # pixels; the processor scales to IMAGE_SIDE
 IMAGE_SIDE = 64
 NUM_QUERY_TOKENS = 8
-POOL = 24_000  # drawings made once and used again and again
-BATCH_SIZE = 64
-CAPTIONS_PER_DRAWING = (
-    3  # several styles of one drawing in one batch: the vision side is the dear one
-)
+POOL = 24_000  # drawings, made once and used many times
+BATCH_SIZE = 64  # drawings in a step
+CAPTIONS_PER_DRAWING = 3  # of several styles, because the vision side is the expensive part
 PEAK_LEARNING_RATE = 2e-3
-SAMPLE_CAPTIONS, SAMPLE_PICTURES = 16, 13
+SAMPLE_CAPTIONS = 16
+SAMPLE_PICTURES = 13  # for each caption
 
-# ---- What is drawn, and what is said of it ------------------------------------------------------
+# ---- What is drawn, and what its captions are ---------------------------------------------------
 
 COLOURS = {  # plain word -> (synonym, RGB)
     "red": ("scarlet", (214, 39, 40)),
@@ -74,15 +73,22 @@ STYLES = {  # style -> (share, template); capital letters are the synonyms
     "question": (0.08, "what shape? {shape}. what colour? {colour} on {ground}."),
 }
 SAMPLE_STYLE = "enamel"
-DRAWINGS = [(s, c, g) for s, c, g in itertools.product(SHAPES, COLOURS, COLOURS) if c != g]
+DRAWINGS = [  # all (shape, colour, ground) in which the shape can be seen
+    (shape, colour, ground)
+    for shape, colour, ground in itertools.product(SHAPES, COLOURS, COLOURS)
+    if colour != ground
+]
 
 
 def outline(shape: str) -> list[tuple[float, float]]:
-    """Corners of `shape` in the unit circle."""
+    """The corners of `shape`, within the unit circle."""
 
     def arc(count: int, radius=lambda i: 1.0, start: float = -90.0) -> list[tuple[float, float]]:
-        angles = [math.radians(start + 360 * i / count) for i in range(count)]
-        return [(radius(i) * math.cos(a), radius(i) * math.sin(a)) for i, a in enumerate(angles)]
+        corners = []
+        for i in range(count):
+            angle = math.radians(start + 360 * i / count)
+            corners.append((radius(i) * math.cos(angle), radius(i) * math.sin(angle)))
+        return corners
 
     if shape == "circle":
         return arc(48)
@@ -93,27 +99,35 @@ def outline(shape: str) -> list[tuple[float, float]]:
     if shape == "star":
         return arc(10, lambda i: 0.42 if i % 2 else 1.0)
     if shape == "cross":
-        a = 0.3
+        a = 0.3  # half the width of an arm
         corners = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a)]
         return corners + [(-x, -y) for x, y in corners]
-    outer = arc(48, start=90)[: 24 + 1]  # moon: the left half circle, and back on a flatter curve
+    # The moon: the left half of a circle, and back on a flatter curve.
+    outer = arc(48, start=90)[: 24 + 1]
     return outer + [(0.45 * x, y) for x, y in reversed(outer)]
 
 
 def draw(drawing: tuple[str, str, str], seed: int) -> Image.Image:
-    """An RGB picture of (shape, colour, ground); place, size, angle and tint are random."""
+    """An RGB picture of (shape, colour, ground); place, size, angle and tint are random.
+
+    The order of the random numbers must stay: the sample and the tiny model were made with it.
+    """
     rng = random.Random(seed)
     shape, colour, ground = drawing
     scale = 3  # drawn larger and reduced, for smooth edges
     side = PICTURE_SIDE * scale
 
     def tint(name: str) -> tuple[int, ...]:
-        return tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in COLOURS[name][1])
+        _, rgb = COLOURS[name]
+        return tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in rgb)
 
     radius = rng.uniform(0.27, 0.42) * side
-    x, y = (side / 2 + rng.uniform(-1, 1) * (side / 2 - radius) * 0.9 for _ in range(2))
+    x = side / 2 + rng.uniform(-1, 1) * (side / 2 - radius) * 0.9
+    y = side / 2 + rng.uniform(-1, 1) * (side / 2 - radius) * 0.9
     angle = math.radians(rng.uniform(-15, 15))
-    cosine, sine = radius * math.cos(angle), radius * math.sin(angle)
+    cosine = radius * math.cos(angle)
+    sine = radius * math.sin(angle)
+
     picture = Image.new("RGB", (side, side), tint(ground))
     corners = [(x + cosine * u - sine * v, y + sine * u + cosine * v) for u, v in outline(shape)]
     ImageDraw.Draw(picture).polygon(corners, fill=tint(colour))
@@ -121,9 +135,10 @@ def draw(drawing: tuple[str, str, str], seed: int) -> Image.Image:
 
 
 def caption(drawing: tuple[str, str, str], style: str) -> str:
-    """What `style` says of (shape, colour, ground)."""
+    """The caption of (shape, colour, ground) in this style."""
     shape, colour, ground = drawing
-    return STYLES[style][1].format(
+    _, template = STYLES[style]
+    return template.format(
         shape=shape,
         colour=colour,
         ground=ground,
@@ -164,30 +179,44 @@ def make_processor() -> Blip2Processor:
 
 
 def make_model(processor: Blip2Processor) -> Blip2ForConditionalGeneration:
-    """All widths are multiples of 64: bitsandbytes' 4-bit kernels for the CPU want that."""
+    """A random one. All widths are multiples of 64, as 4-bit kernels for the CPU need."""
     tokenizer = processor.tokenizer
     stop = tokenizer("\n", add_special_tokens=False)["input_ids"]
     assert len(stop) == 1
     width = {"hidden_size": 128, "num_attention_heads": 4}
     config = Blip2Config(
-        vision_config=width | {
-            "intermediate_size": 256, "num_hidden_layers": 3, "image_size": IMAGE_SIDE,
-            "patch_size": 8, "initializer_range": 0.02,
+        vision_config={
+            **width,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "image_size": IMAGE_SIDE,
+            "patch_size": 8,
+            "initializer_range": 0.02,
         },
-        qformer_config=width | {
-            "intermediate_size": 256, "num_hidden_layers": 2, "cross_attention_frequency": 1,
-            "vocab_size": 4, "max_position_embeddings": 4,
+        qformer_config={
+            **width,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "cross_attention_frequency": 1,
+            "vocab_size": 4,
+            "max_position_embeddings": 4,
         },
-        text_config=width | {
-            "model_type": "opt", "ffn_dim": 256, "num_hidden_layers": 3,
-            "word_embed_proj_dim": 128, "vocab_size": len(tokenizer),
-            "max_position_embeddings": 256, "pad_token_id": 1, "bos_token_id": 2,
+        text_config={
+            **width,
+            "model_type": "opt",
+            "ffn_dim": 256,
+            "num_hidden_layers": 3,
+            "word_embed_proj_dim": 128,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 256,
+            "pad_token_id": 1,
+            "bos_token_id": 2,
             "eos_token_id": stop[0],
         },
         num_query_tokens=NUM_QUERY_TOKENS,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_text_hidden_size=64,
-    )  # fmt: skip
+    )
     return Blip2ForConditionalGeneration(config)
 
 
@@ -195,66 +224,80 @@ def make_model(processor: Blip2Processor) -> Blip2ForConditionalGeneration:
 
 
 def prepare(job: tuple[tuple[str, str, str], int]) -> np.ndarray:
-    """One drawing as the processor sees it, in half precision. (3, IMAGE_SIDE, IMAGE_SIDE)"""
-    size = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
-    picture = draw(*job)
-    return BlipImageProcessorPil(size=size)(picture, return_tensors="np")["pixel_values"][0].astype(
-        np.float16
-    )
+    """One drawing as the processor sees it, in half precision, (3, IMAGE_SIDE, IMAGE_SIDE)."""
+    image_processor = BlipImageProcessorPil(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})
+    pixel_values = image_processor(draw(*job), return_tensors="np")["pixel_values"][0]
+    return pixel_values.astype(np.float16)
 
 
 def train(model: Blip2ForConditionalGeneration, processor: Blip2Processor, steps: int) -> None:
-    """Captions in all styles; beside them, three small heads name shape, colour and ground.
+    """Teaches captions in all styles; next to it, three small heads name shape, colour and ground.
 
     The heads look at the query tokens and are thrown away. They do what BLIP-2's first stage does:
     the vision side learns from a direct signal instead of through an untrained language model.
-    eval() throughout: there are enough drawings to do without dropout.
+    The model stays in eval mode: there are enough drawings to do without dropout.
     """
     rng = random.Random(SEED)
+    jobs = [(rng.choice(DRAWINGS), SEED * 1_000_000 + i) for i in range(POOL)]
     with ProcessPoolExecutor() as pool:
-        jobs = [(rng.choice(DRAWINGS), SEED * 1_000_000 + i) for i in range(POOL)]
-        pixels = np.stack(
-            list(tqdm(pool.map(prepare, jobs, chunksize=64), total=POOL, desc="drawing"))
-        )
-        pixels = torch.from_numpy(pixels)
-    drawings = [drawing for drawing, _ in jobs]
-    classes = [list(SHAPES), list(COLOURS), list(COLOURS)]
-    targets = torch.tensor(
-        [[names.index(part) for names, part in zip(classes, d, strict=True)] for d in drawings]
-    )
-    heads = torch.nn.ModuleList(torch.nn.Linear(128, len(names)) for names in classes)
+        prepared = list(tqdm(pool.map(prepare, jobs, chunksize=64), total=POOL, desc="drawing"))
+    pixels = torch.from_numpy(np.stack(prepared))
 
+    # What the heads have to name: for each drawing the numbers of its shape, colour and ground.
+    drawings = [drawing for drawing, _ in jobs]
+    targets = torch.tensor(
+        [
+            (list(SHAPES).index(shape), list(COLOURS).index(colour), list(COLOURS).index(ground))
+            for shape, colour, ground in drawings
+        ]
+    )
+    class_counts = (len(SHAPES), len(COLOURS), len(COLOURS))
+    heads = torch.nn.ModuleList(torch.nn.Linear(128, count) for count in class_counts)
+
+    # What the language model has to write: the ids of each caption, and the stop token.
     tokenizer = processor.tokenizer
     layout = [model.config.image_token_index] * NUM_QUERY_TOKENS + [tokenizer.bos_token_id]
-    tokens = {
-        (d, style): tokenizer(caption(d, style), add_special_tokens=False)["input_ids"]
-        + [model.config.text_config.eos_token_id]
-        for d in DRAWINGS for style in STYLES
-    }  # fmt: skip
+    tokens = {}
+    for drawing in DRAWINGS:
+        for style in STYLES:
+            ids = tokenizer(caption(drawing, style), add_special_tokens=False)["input_ids"]
+            tokens[drawing, style] = [*ids, model.config.text_config.eos_token_id]
+
     shares = [share for share, _ in STYLES.values()]
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02, betas=(0.9, 0.98))
     bar = tqdm(range(steps), desc="training")
     for step in bar:
+        # The learning rate: it rises for 200 steps, and falls to zero along a cosine.
         warmup = min(1, (step + 1) / 200)
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LEARNING_RATE * warmup * (1 + math.cos(math.pi * step / steps)) / 2
+
+        # The loss of the heads.
         batch = rng.sample(range(POOL), BATCH_SIZE)
         image = model.get_image_features(pixels[batch].float())
         seen = image.qformer_outputs[0].mean(dim=1)
         naming = sum(F.cross_entropy(head(seen), targets[batch, i]) for i, head in enumerate(heads))
 
-        rows = [tokens[drawings[i], style] for i in batch
-                for style in rng.choices(list(STYLES), shares, k=CAPTIONS_PER_DRAWING)]  # fmt: skip
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(layout + r) for r in rows], True, 1)
+        # The loss of the captions, with CAPTIONS_PER_DRAWING rows for each drawing.
+        rows = []
+        for i in batch:
+            for style in rng.choices(list(STYLES), shares, k=CAPTIONS_PER_DRAWING):
+                rows.append(torch.tensor(layout + tokens[drawings[i], style]))
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1)
         labels = ids.clone()
         labels[:, : len(layout)] = -100
         labels[labels == 1] = -100  # padding; no caption contains <pad>
         image.pooler_output = image.pooler_output.repeat_interleave(CAPTIONS_PER_DRAWING, dim=0)
         loss = model(
-            pixel_values=None, mm_encoder_outputs={"image": image}, input_ids=ids,
-            attention_mask=(ids != 1).long(), labels=labels, use_cache=False,
-        ).loss  # fmt: skip
+            pixel_values=None,
+            mm_encoder_outputs={"image": image},
+            input_ids=ids,
+            attention_mask=(ids != 1).long(),
+            labels=labels,
+            use_cache=False,
+        ).loss
+
         (loss + naming).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -272,32 +315,35 @@ def score(model: Blip2ForConditionalGeneration, processor: Blip2Processor, count
     inputs = processor(images=pictures, text=[""] * count, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=32)[:, inputs["input_ids"].shape[1] :]
     captions = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    for drawing, text in list(zip(drawings, captions, strict=True))[:10]:
-        print(
-            f"{' ' if text == caption(drawing, 'plain') else '!'} "
-            f"{caption(drawing, 'plain')} -> {text}"
-        )
-    return sum(text == caption(d, "plain") for d, text in zip(drawings, captions, strict=True))
+
+    right = 0
+    for number, (drawing, text) in enumerate(zip(drawings, captions, strict=True)):
+        expected = caption(drawing, "plain")
+        if text == expected:
+            right += 1
+        if number < 10:
+            mark = " " if text == expected else "!"
+            print(f"{mark} {expected} -> {text}")
+    return right
 
 
 # ---- The sample ---------------------------------------------------------------------------------
 
 
 def write_sample(folder: Path) -> None:
-    """SAMPLE_CAPTIONS captions with SAMPLE_PICTURES drawings each, as a TRAIN_DIR."""
+    """Writes a TRAIN_DIR: SAMPLE_CAPTIONS captions with SAMPLE_PICTURES drawings each."""
     rng = random.Random(SEED + 2)
     shutil.rmtree(folder / "caption", ignore_errors=True)
     shutil.rmtree(folder / "Image", ignore_errors=True)
     (folder / "caption").mkdir(parents=True)
-    for n, drawing in enumerate(sorted(rng.sample(DRAWINGS, SAMPLE_CAPTIONS))):
+    for number, drawing in enumerate(sorted(rng.sample(DRAWINGS, SAMPLE_CAPTIONS))):
         shape, colour, ground = drawing
         name = f"{shape}-{colour}-on-{ground}"
-        (folder / "caption" / f"{name}.txt").write_text(
-            caption(drawing, SAMPLE_STYLE) + "\n", encoding="utf-8"
-        )
+        text = caption(drawing, SAMPLE_STYLE) + "\n"
+        (folder / "caption" / f"{name}.txt").write_text(text, encoding="utf-8")
         (folder / "Image" / name).mkdir(parents=True)
         for i in range(SAMPLE_PICTURES):
-            picture = draw(drawing, 10**13 + n * 1000 + i)
+            picture = draw(drawing, 10**13 + number * 1000 + i)
             picture.save(folder / "Image" / name / f"{i + 1:02d}.png", optimize=True)
 
 
@@ -316,20 +362,18 @@ def main() -> None:
     write_sample(HERE.parent / "train")
     if arguments.only_sample:
         return
+
     torch.manual_seed(SEED)
     processor = make_processor()
     model = make_model(processor).eval()
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(processor.tokenizer)} tokens"
-    )
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{count:,} parameters, {len(processor.tokenizer)} tokens")
     train(model, processor, arguments.steps)
     model.half().save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
-    reloaded = Blip2ForConditionalGeneration.from_pretrained(
-        arguments.output, dtype=torch.float32
-    ).eval()
-    right = score(reloaded, Blip2Processor.from_pretrained(arguments.output))
+
+    reloaded = Blip2ForConditionalGeneration.from_pretrained(arguments.output, dtype=torch.float32)
+    right = score(reloaded.eval(), Blip2Processor.from_pretrained(arguments.output))
     print(f"{right} of 100 unseen drawings exactly captioned")
 
 

@@ -15,18 +15,9 @@ Their figures come from `pip install pycocoevalcap==1.2` and, with PYTHONPATH=.:
         print(name, float(Cider().compute_score(texts, theirs)[0]))
 """
 
-import json
-import math
-import shutil
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
-from peft import PeftModel
-from PIL import Image
-from runner import table as read_table
-from transformers import Blip2ForConditionalGeneration, Blip2Processor
+from helpers import PlainModel, read_captions, read_table, write_several
 
 import finetune
 
@@ -72,68 +63,14 @@ def test_cider_d_is_that_of_coco_caption(name):
     (["a dog", "a dog"], ["", "a dog"]), (["a cat", "a dog"], ["a dog"])])  # fmt: skip
 def test_cider_d_is_none_where_all_captions_are_the_same_or_of_one_picture(references, captions):
     """Exact is what equals any of the references."""
-    rows = [SimpleNamespace(references=references, after=text) for text in captions]
-    assert finetune.measure(rows, "after") == {"exact": 1 / len(rows), "cider_d": None}
+    measures = finetune.measure_captions(captions, [references] * len(captions))
+    assert measures == {"exact": 1 / len(captions), "cider_d": None}
 
 
-class Plain:
-    """The base with the adapter, by plain transformers and PEFT: whole pictures, whole passes."""
-
-    def __init__(self, base: str, folder: Path, prompt: str = "") -> None:
-        self.processor, self.prompt = Blip2Processor.from_pretrained(folder), prompt
-        model = Blip2ForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-        self.model = PeftModel.from_pretrained(model, folder).eval()
-        text = model.config.text_config
-        self.stop, self.is_t5 = text.eos_token_id, text.model_type == "t5"
-
-    def read(self, picture: str) -> dict[str, torch.Tensor]:
-        image = Image.open(picture).convert("RGB")
-        return dict(self.processor(images=image, text=self.prompt, return_tensors="pt"))
-
-    @torch.no_grad()
-    def predict(self, picture: str, ids: list[int]) -> torch.Tensor:
-        """The probabilities of all words in the place of each of the ids."""
-        inputs, known = self.read(picture), torch.tensor([ids[:-1]], dtype=torch.long)
-        if self.is_t5:
-            start = torch.tensor([[self.model.config.text_config.decoder_start_token_id]])
-            inputs["decoder_input_ids"] = torch.cat([start, known], dim=1)
-        else:
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], known], dim=1)
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        return self.model(**inputs).logits[0, -len(ids) :].softmax(-1)
-
-    def caption(self, picture: str, most: int, beams: int) -> tuple[str, float, bool]:
-        """Caption, confidence, and whether it ends with the stop token."""
-        inputs = self.read(picture)
-        ids = self.model.generate(**inputs, num_beams=beams, do_sample=False, max_new_tokens=most)
-        ids = ids[0, 1 if self.is_t5 else inputs["input_ids"].shape[1] :].tolist()
-        ids = ids[: ids.index(self.stop) + 1] if self.stop in ids else ids
-        probabilities = self.predict(picture, ids)
-        assert beams > 1 or ids == probabilities.argmax(-1).tolist()
-        product = math.prod(probabilities[range(len(ids)), ids].tolist())
-        text = " ".join(self.processor.decode(ids, skip_special_tokens=True).split())
-        return text, product ** (1 / len(ids)), self.stop in ids
 
 
-def write_several(folder: Path, sample: Path, count: int) -> Path:
-    """A TRAIN_DIR with a table: `count` pictures, each with three, four or five captions."""
-    (folder / "pictures").mkdir(parents=True)
-    rows = []
-    for number, picture in enumerate(finetune.spread(sorted(sample.glob("Image/*/*.png")), count)):
-        shape, colour, _, ground = picture.parent.name.split("-")
-        texts = [f"{colour} {shape}", f"{colour} disc over {ground}", f"a {shape}, {colour}",
-                 f"a {ground} background with a {colour} {shape}", f"ein «{shape}»"]
-        name = f"pictures/{number:02}.png"
-        shutil.copy(picture, folder / name)
-        rows += [{"file_name": name, "text": text} for text in texts[: 3 + number % 3]]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return folder
 
 
-def read_captions(output: str) -> dict[str, tuple[str, float]]:
-    """What --caption prints."""
-    return {picture: (caption, float(confidence)) for picture, caption, confidence
-            in (line.split("\t") for line in output.splitlines())}
 
 
 @pytest.mark.parametrize("kind, beams, most, prompt, epochs", [
@@ -150,7 +87,7 @@ def test_confidence(kind, beams, most, prompt, epochs, request, sample, command,
     assert code == 0, error
     code, output, error = command("--caption", f"{data}/pictures", NUM_BEAMS=beams)
     assert code == 0, error
-    captions, plain = read_captions(output), Plain(base, tmp_path / "out", prompt)
+    captions, plain = read_captions(output), PlainModel(base, tmp_path / "out", prompt)
     rows, ended = {row["picture"]: row for row in read_table(tmp_path / "out/held_out.csv")}, []
     for picture, row in rows.items():
         caption, confidence, stopped = plain.caption(picture, most + 1, beams)

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
+from helpers import rows_of, train
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from PIL import Image
-from test_training import rows_of, train
 from transformers import BitsAndBytesConfig, Blip2ForConditionalGeneration, Blip2Processor
 
 import finetune
@@ -31,10 +31,11 @@ def usual_loss(model, pair: finetune.Pair, text: list[int] | None = None, ending
 
 
 @torch.no_grad()
-def our_losses(built, *rows: finetune.Row) -> list[float]:
+def our_losses(built, *rows: finetune.Example) -> list[float]:
     """Of each row, per token."""
-    losses = built.captioner.losses(rows).tolist()
-    return [loss / len(row.learned) for loss, row in zip(losses, rows, strict=True)]
+    text = built.captioner.tokenizer
+    losses = built.captioner.losses(text.collate_fn(rows)).tolist()
+    return [loss / len(text.label_ids(row.caption)) for loss, row in zip(losses, rows, strict=True)]
 
 
 def both(losses: list[float]) -> str:
@@ -46,9 +47,9 @@ def test_blind_to_the_picture(opt_base, small_data, build, report):
     built, model = build(opt_base, small_data), plain_model(opt_base)
     one, other = built.pairs[0], built.pairs[-1]
     assert one.caption != other.caption
-    text = built.captioner.tokenizer(one.caption)["input_ids"]
+    text = built.captioner.row_builder.tokenizer(one.caption)["input_ids"]
     usual = [usual_loss(model, pair, text).item() for pair in (one, other)]
-    row, features = built.dataset[0], built.dataset.features(other.picture)
+    row, features = built.dataset[0], finetune.load_features(built.feature_files[other.picture])
     ours = our_losses(built, row, row._replace(features=features))
     assert usual[0] == usual[1] and ours[1] > 2 * ours[0]
     report("Blind: the caption is tokenized without image tokens. Loss with its own picture, and "
@@ -63,9 +64,10 @@ def test_no_stop_token(opt_base, small_data, build, report):
     for usual in (True, False):
         built = build(opt_base, small_data)
         if usual:
-            built.dataset.learned = {k: ids[:-1] for k, ids in built.dataset.learned.items()}
+            real = built.captioner.row_builder.label_ids
+            built.captioner.row_builder.label_ids = lambda caption, real=real: real(caption)[:-1]
         train(built, EPOCHS=40, LEARNING_RATE=3e-3)
-        captions = built.captioner.caption([row.features for row in rows_of(built)])
+        captions = built.captioner.caption(torch.stack([row.features for row in rows_of(built)]))
         pairs = [(text, pair.caption) for (text, _), pair
                  in zip(captions, built.pairs, strict=True)]
         assert all(a.startswith(b) for a, b in pairs)  # the words are learned either way
@@ -80,9 +82,10 @@ def test_padding_scored(opt_base, small_data, build, report):
     min((small_data / "caption").iterdir()).write_text("circle")
     built, model, usual = build(opt_base, small_data), plain_model(opt_base), []
     short, long = built.dataset[0], built.dataset[len(built.pairs) - 1]
-    missing = len(long.learned) - len(short.learned)
-    for padding in ([], [built.captioner.pad] * missing):
-        ending = [built.captioner.stop, *padding]
+    text = built.captioner.tokenizer
+    missing = len(text.label_ids(long.caption)) - len(text.label_ids(short.caption))
+    for padding in ([], [text.pad_id] * missing):
+        ending = [text.stop_id, *padding]
         usual.append(usual_loss(model, built.pairs[0], ending=ending).item())
     ours = our_losses(built, short)[0], our_losses(built, short, long)[0]
     assert missing > 3 and abs(usual[1] - usual[0]) > 0.5 and math.isclose(*ours, rel_tol=1e-5)
@@ -104,7 +107,7 @@ def test_gradients_through_the_vision_tower(opt_base, small_data, build, report)
         if model is usual:
             usual_loss(usual, built.pairs[0]).backward()
         else:
-            built.learner.backward(rows_of(built), 1, 100)
+            built.learner.backward(rows_of(built), 1)
         counts.append(len(reached))
     assert counts == [len(layers), 0]
     report("Backward pass through frozen vision and Q-Former layers, for nothing",
@@ -116,7 +119,7 @@ def test_dropout_in_frozen_parts(opt_base, small_data, build, report):
     built, model = build(opt_base, small_data), plain_model(opt_base).requires_grad_(False).train()
     torch.manual_seed(0)
     usual = [usual_loss(model, built.pairs[0]).item() for _ in range(20)]
-    ours = [built.learner.backward([built.dataset[0]], 1, 1).item() for _ in range(20)]
+    ours = [built.learner.backward([built.dataset[0]], 1).item() for _ in range(20)]
     spread = [(max(losses) - min(losses)) / min(losses) for losses in (usual, ours)]
     assert spread[0] > 0.05 and spread[1] == 0
     report("Dropout in frozen parts. Spread of one pair's loss, with no dropout asked for",
@@ -128,17 +131,17 @@ def test_nf4_repacked_on_the_cpu(t5_base, small_data, build, report):
     """A held-out pass in eval mode repacks 4-bit weights in place, for inference only; silently."""
     built = build(t5_base, small_data, LOAD_IN_4BIT=True)
     rows, gradients = rows_of(built), []
-    built.learner.backward(rows, 1, 100)
-    exact = built.learner.master.grad.clone()  # nothing has been repacked: a test shows that
+    built.learner.backward(rows, 1)
+    exact = built.learner.gradient.clone()  # nothing has been repacked: a test shows that
     for kernel in (True, False):
         again = build(t5_base, small_data, LOAD_IN_4BIT=True)
         for module in again.captioner.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = kernel  # as bitsandbytes sets it, and as we do
         with torch.no_grad():
-            again.captioner.losses(rows)
-        again.learner.backward(rows, 1, 100)
-        gradients.append(again.learner.master.grad)
+            again.captioner.losses(again.captioner.row_builder.collate_fn(rows))
+        again.learner.backward(rows, 1)
+        gradients.append(again.learner.gradient)
     errors = [((found - exact).norm() / exact.norm()).item() for found in gradients]
     assert errors[0] > 0.05 and errors[1] == 0
     report("NF4 repacked on a CPU with avx512_bf16. Error of a T5's gradient after a held-out pass",

@@ -13,12 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import flags_of
+from helpers import PlainModel, flags_of, read_captions, read_table, write_several
 from huggingface_hub import ModelCard
 from matplotlib.axes import Axes
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_measures import Plain, read_captions, read_table, write_several
 
 import finetune
 
@@ -52,7 +51,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def plain_loss(run: SimpleNamespace, base: str, rows: list[dict[str, str]]) -> float:
     """Per token, by the saved adapter in plain transformers; and so is each row of pairs.csv."""
-    plain, total, tokens = Plain(base, run.out), 0.0, 0
+    plain, total, tokens = PlainModel(base, run.out), 0.0, 0
     for row in rows:
         words = plain.processor.tokenizer(row["caption"], add_special_tokens=False).input_ids
         ids = [*words, plain.stop]
@@ -74,7 +73,7 @@ def ran(tmp_path_factory, sample, opt_base):
     shutil.copy(data / "pictures/00.png", data / "pictures/orphan.png")
     (data / "pictures/01.png").write_bytes(b"no picture")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "GENERATED", 5)
+        patch.setattr(finetune, "MAX_CAPTIONED", 5)
         run = finish(root / "out", TRAIN_DIR=data, MODEL_ID=opt_base, EPOCHS=3, BATCH_SIZE=5,
                      VALIDATION_FRACTION=0.3, LEARNING_RATE=3e-3, SAMPLE_COUNT=200,
                      LOG_WITH="tensorboard")
@@ -87,7 +86,7 @@ def test_pairs_csv_has_every_pair_once_highest_loss_first(ran):
     for rows in (ran.train, ran.held_out):
         losses = [float(row["loss"]) for row in rows]
         assert losses == sorted(losses, reverse=True) and len(set(losses)) > 5
-    pairs, _ = finetune.find_pairs(str(ran.data))
+    pairs = finetune.find_pairs(str(ran.data), finetune.Findings())
     assert sorted((row["picture"], row["caption"]) for row in ran.pairs) == [
         tuple(pair) for pair in pairs if not pair.picture.endswith("01.png")]
     said = ran.output.partition("highest losses")[2].splitlines()[1:7]
@@ -156,7 +155,7 @@ def test_held_out_csv_has_all_that_the_measures_are_made_of(ran):
         assert f"{cider:.4f} {when}" in ran.shown["cider_d"]
         assert f"{exact} {when}" in ran.shown["exact"]
     assert ran.shown["exact"].endswith(f"of {len(rows)}") and ran.results["cider_d"]["after"] > 0
-    assert len(captions) == 7 and finetune.GENERATED == 256  # three tenths of 23; unpatched
+    assert len(captions) == 7 and finetune.MAX_CAPTIONED == 256  # three tenths of 23; unpatched
     assert len({row["picture"] for row in rows}) == len(rows) == 5
     assert ran.output.count("  reference: ") == 5  # SAMPLE_COUNT is above
 
@@ -164,7 +163,7 @@ def test_held_out_csv_has_all_that_the_measures_are_made_of(ran):
 def test_skipped_csv_and_settings_json(ran, tmp_path):
     """Each file that is not used, and what is needed to repeat the run."""
     rows = {Path(row["path"]).name: row["reason"] for row in read_table(ran.out / "skipped.csv")}
-    assert rows.keys() == {"orphan.png", "01.png"} and "not used: 2" in ran.output
+    assert rows.keys() == {"orphan.png", "01.png"} and ran.output.count("not used: 1") == 2
     assert rows["orphan.png"].startswith("is not in ") and "JPEG" in rows["01.png"]
     assert (ran.record["dtype"], ran.record["device"]) == ("float32", "cpu")
     assert ran.record["versions"]["torch"] == torch.__version__
@@ -188,7 +187,7 @@ def test_the_readmes_first_command_gives_21_of_21(sample, opt_base, monkeypatch,
 
 def test_a_worse_run_keeps_its_best_epoch_and_says_so(small_data, opt_base, monkeypatch, tmp_path):
     """Trained on one caption for all. Held-out losses are those of what is saved."""
-    monkeypatch.setattr(finetune, "GENERATED", 5)  # which is not for VALIDATION_DIR
+    monkeypatch.setattr(finetune, "MAX_CAPTIONED", 5)  # which is not for VALIDATION_DIR
     data = shutil.copytree(small_data, tmp_path / "alike")
     for text in (data / "caption").iterdir():
         text.write_text("enamel pin")
@@ -236,7 +235,7 @@ def draw(ran, monkeypatch, tmp_path):
     """
     def make(rows: list[tuple], count: int) -> tuple[int, list]:
         shutil.copy(ran.out / "metrics.csv", tmp_path)
-        finetune.write_csv(tmp_path / "held_out.csv", [finetune.Captioned._fields, *(
+        finetune.write_csv(tmp_path / "held_out.csv", [finetune.CaptionedPicture._fields, *(
             (ran.data / f"pictures/{i % 24:02}.png" if i else "gone", json.dumps(texts), *more, 0.5)
             for i, (texts, *more) in enumerate(rows))])
         settings = ran.record["settings"] | {"SAMPLE_COUNT": count}

@@ -4,205 +4,286 @@ import functools
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags_of
-from runner import LIMIT, Child, Ended, fail_with, on, send, step_of, table
-from safetensors import safe_open
+from helpers import LIMIT, Child, Ended, fail_with, flags_of, on, read_table, send, step_of
 from safetensors.torch import load_file
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 import finetune
 
-WORDS = "red circle green background on a yellow star".split()  # a token each
-# 14 pairs, of which 3 are held out: steps of 5, 5 and 1, and the last is too few for all processes
+WORDS = ["red", "circle", "green", "background", "on", "a", "yellow", "star"]  # a token each
+TRAINING_PAIRS = 11
+HELD_OUT_PAIRS = 3
+EPOCHS = 3
+EPOCH_STEPS = 3  # of 5, 5 and 1 pairs: too few for all processes in the last one
+STEPS = EPOCHS * EPOCH_STEPS
 SETTINGS = {
-    "VALIDATION_FRACTION": 0.2, "BATCH_SIZE": 5, "EPOCHS": 3, "LEARNING_RATE": 3e-3,
-    "LORA_DROPOUT": 0.0, "DEVICE": "cpu", "NUM_WORKERS": 1, "SAMPLE_COUNT": 1,
-    "LOAD_IN_4BIT": False, "TRAIN_DIR": "data", "OUTPUT_DIR": "out",
-}  # fmt: skip
+    "TRAIN_DIR": "data",
+    "OUTPUT_DIR": "out",
+    "DEVICE": "cpu",
+    "LOAD_IN_4BIT": False,
+    "LORA_DROPOUT": 0.0,
+    "VALIDATION_FRACTION": 0.2,
+    "BATCH_SIZE": 5,
+    "EPOCHS": EPOCHS,
+    "LEARNING_RATE": 3e-3,
+    "NUM_WORKERS": 1,
+    "SAMPLE_COUNT": 1,
+}
+OUT_OF_MEMORY = "CUDA out of memory."
 
 
-@pytest.fixture(scope="module")
-def data(sample, tmp_path_factory) -> Path:
-    """A folder with data/: 14 pairs of the sample's pictures, with captions of 3 to 15 words."""
-    folder, rng = tmp_path_factory.mktemp("several"), random.Random(0)
-    shutil.copytree(sample, folder / "data", ignore=shutil.ignore_patterns(
-        "[!s]*-on-*", "square-green-*", "0[4-9].png", "1?.png"))  # five of three pictures
-    for number, text in enumerate(sorted(folder.glob("data/caption/*.txt"))):
-        text.write_text(" ".join(rng.choices(WORDS, k=3 * number + 3)))
-    sorted(folder.glob("data/Image/*/*.png"))[-1].unlink()
-    return folder
+# ---- Several processes in one folder ------------------------------------------------------------
 
 
-class Together:
-    """A copy of a folder, where several processes run the command together."""
+def do_nothing(rank: int, settings: dict) -> None:
+    """What a process does before the command, where a test asks for nothing."""
+
+
+def read_adapter(folder: Path) -> torch.Tensor:
+    """All its weights, one after the other."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+def read_losses(folder: Path) -> dict[tuple[str, str], float]:
+    """Every loss that a run has measured: of steps, of epochs' ends, of pairs."""
+    losses = {}
+    for row in read_table(folder / "metrics.csv"):
+        for name in ("train_loss", "held_out_loss"):
+            if row[name]:
+                losses[row["step"], name] = float(row[name])
+    for row in read_table(folder / "pairs.csv"):
+        losses[row["split"], row["picture"]] = float(row["loss"])
+    return losses
+
+
+def exit_codes(ended: list[Ended]) -> list[int]:
+    """Of processes that must not show a traceback."""
+    for process in ended:
+        assert "Traceback" not in process.err, process
+    return [process.code for process in ended]
+
+
+class Group:
+    """A copy of a folder, in which several processes run the command together."""
 
     def __init__(self, folder: Path, source: Path, base: str) -> None:
-        self.folder, self.out, self.base = folder, folder / "out", base
-        shutil.copytree(source, folder)
+        self.folder = shutil.copytree(source, folder)
+        self.data = folder / "data"
+        self.out = folder / "out"
+        self.unfinished = folder / "out.unfinished"
+        self.base = base
 
-    def __call__(self, count: int, prepare=lambda rank, settings: None, **changed) -> list[Ended]:
-        """As torchrun starts them; prepare(rank, settings) runs in each. None of them may hang."""
+    def run(self, count: int, prepare: Callable = do_nothing, **changed) -> list[Ended]:
+        """As torchrun starts them. prepare(rank, settings) runs in each, and may change both."""
         settings = SETTINGS | {"MODEL_ID": self.base} | changed
-        port = get_free_port()
+        port = str(get_free_port())
 
         def join_the_others(rank: int) -> None:
             if count > 1:
-                os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{count}",
-                               "LOCAL_WORLD_SIZE": f"{count}", "MASTER_ADDR": "127.0.0.1",
-                               "MASTER_PORT": f"{port}", "GLOO_SOCKET_IFNAME": "lo"}
+                os.environ |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(count),
+                    "LOCAL_WORLD_SIZE": str(count),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                    "GLOO_SOCKET_IFNAME": "lo",
+                }
             prepare(rank, settings)
 
-        children = [Child(settings, folder=self.folder, rank=rank,
-                          prepare=functools.partial(join_the_others, rank))
-                    for rank in range(count)]
+        children = []
+        for rank in range(count):
+            join = functools.partial(join_the_others, rank)
+            children.append(Child(settings, folder=self.folder, rank=rank, prepare=join))
         try:
             return [child.wait() for child in children]
         finally:
             for child in children:
                 child.kill()
 
-    def ends_as(self, alone: dict[str, Path], count: int) -> str:
-        """Together, with the first as the only voice; returns what it says."""
-        first, *others = self(count)
-        assert first.code == 0 and not first.err, first
-        assert others == [Ended(0, "", "")] * (count - 1)
-        self.equals(alone)
+    def finish(self, alone: dict[str, Path], count: int) -> str:
+        """They must end as one process does, and only the first one speaks. Returns its words."""
+        first, *others = self.run(count)
+        assert first.code == 0, first
+        assert first.err == "", first
+        for other in others:
+            assert other == Ended(code=0, out="", err="")
+        self.assert_equals(alone)
         return first.out
 
-    def equals(self, alone: dict[str, Path]) -> None:
-        """But for rounding; and every picture was encoded once."""
+    def assert_equals(self, alone: dict[str, Path]) -> None:
+        """The result is that of one process, except for rounding."""
         expected = alone[self.base]
-        assert measured(self.out) == pytest.approx(measured(expected), abs=2e-4)
-        assert len(measured(self.out)) == 9 + 1 + 3 + 14  # steps, epochs' ends, pairs
-        one, other = adapter(self.out), adapter(expected)
-        assert (one - other).norm() <= 1e-4 * other.norm()
-        assert not Path(f"{self.out}.unfinished").exists()
-        encoded, data = [], self.folder / "data"
-        for path in data.glob(".features/*/*.safetensors"):
-            with safe_open(path, "pt") as batch:
-                encoded += [key.split(" ")[0] for key in json.loads(batch.metadata()["pictures"])]
-        assert sorted(encoded) == sorted(
-            path.relative_to(data).as_posix() for path in data.glob("Image/*/*.png"))
+        losses = read_losses(self.out)
+        measured = STEPS + 1 + EPOCHS + TRAINING_PAIRS + HELD_OUT_PAIRS  # 1: before training
+        assert len(losses) == measured
+        assert losses == pytest.approx(read_losses(expected), abs=2e-4)
 
+        adapter = read_adapter(self.out)
+        expected_adapter = read_adapter(expected)
+        assert (adapter - expected_adapter).norm() <= 1e-4 * expected_adapter.norm()
+        assert not self.unfinished.exists()
+        self.assert_every_picture_was_encoded_once()
 
-def adapter(folder: Path) -> torch.Tensor:
-    weights = load_file(folder / "adapter_model.safetensors")
-    return torch.cat([weights[name].flatten() for name in sorted(weights)])
-
-
-def measured(folder: Path) -> dict[tuple[str, str], float]:
-    """Every loss: of steps, of epochs' ends, of pairs."""
-    return {(row["step"], name): float(row[name]) for row in table(folder / "metrics.csv")
-            for name in ("train_loss", "held_out_loss") if row[name]} | {
-        (row["split"], row["picture"]): float(row["loss"]) for row in table(folder / "pairs.csv")}
-
-
-@pytest.fixture
-def together(tmp_path, data, opt_base) -> Together:
-    return Together(tmp_path / "run", data, opt_base)
+    def assert_every_picture_was_encoded_once(self) -> None:
+        """There are no other files with features, such as one that is half written."""
+        expected = set()
+        for picture in self.data.glob("Image/*/*.png"):
+            expected.add(finetune.feature_name(str(picture), str(self.data)))
+        assert {path.name for path in self.data.glob(".features/*/*")} == expected
 
 
 @pytest.fixture(scope="module")
-def alone(data, opt_base, t5_base, tmp_path_factory) -> dict[str, Path]:
-    """The OUTPUT_DIR of one process's run, by base."""
-    runs = [Together(tmp_path_factory.mktemp("alone") / "run", data, base)
-            for base in (opt_base, t5_base)]
-    assert [codes(run(1)) for run in runs] == [[0], [0]]
-    return {run.base: run.out for run in runs}
+def source(sample, tmp_path_factory) -> Path:
+    """A folder with data/: 14 pairs of the sample's pictures, with captions of 3 to 15 words."""
+    folder = tmp_path_factory.mktemp("several")
+    others = ["[!s]*-on-*", "square-green-*", "0[4-9].png", "1?.png"]
+    shutil.copytree(sample, folder / "data", ignore=shutil.ignore_patterns(*others))
+    rng = random.Random(0)
+    for number, text in enumerate(sorted(folder.glob("data/caption/*.txt")), 1):
+        text.write_text(" ".join(rng.choices(WORDS, k=3 * number)))
+    pictures = sorted(folder.glob("data/Image/*/*.png"))
+    pictures[-1].unlink()
+    assert len(pictures) - 1 == TRAINING_PAIRS + HELD_OUT_PAIRS
+    return folder
 
 
-def assert_one_voice(output: str) -> None:
-    for start_of_line in ("layout", "model:", "device:", "memory:", "pictures:", "pairs:", "row:",
-                          "LoRA:", "steps: 9,", "epoch 1/3", "epoch 3/3", "highest losses",
-                          "training_pairs:", "adapter:"):
-        assert len(re.findall(f"^{start_of_line}", output, re.M)) == 1, start_of_line
-    assert "\r" not in output
+@pytest.fixture(scope="module")
+def alone(source, opt_base, t5_base, tmp_path_factory) -> dict[str, Path]:
+    """The OUTPUT_DIR of a run of one process, by base."""
+    outputs = {}
+    for base in (opt_base, t5_base):
+        group = Group(tmp_path_factory.mktemp("alone") / "run", source, base)
+        assert exit_codes(group.run(1)) == [0]
+        outputs[base] = group.out
+    return outputs
 
 
-def codes(ended: list[Ended]) -> list[int]:
-    """The exit codes of processes that end without a traceback."""
-    assert not any("Traceback" in one.err for one in ended), ended
-    return [one.code for one in ended]
+@pytest.fixture
+def group(tmp_path, source, opt_base) -> Group:
+    return Group(tmp_path / "run", source, opt_base)
 
 
 # ---- The same result ----------------------------------------------------------------------------
 
 
-def test_two_processes_of_torchrun_do_what_one_does(together, alone):
+def assert_one_voice(output: str) -> None:
+    """Each line is said once, and no process has a progress bar."""
+    for start in (
+        "layout",
+        "model:",
+        "device:",
+        "memory:",
+        "pictures:",
+        "pairs:",
+        "row:",
+        "LoRA:",
+        f"steps: {STEPS},",
+        "epoch 1/3",
+        "epoch 3/3",
+        "highest losses",
+        "training_pairs:",
+        "adapter:",
+    ):
+        lines = [line for line in output.splitlines() if line.startswith(start)]
+        assert len(lines) == 1, start
+    assert "\r" not in output
+
+
+def test_two_processes_of_torchrun_do_what_one_does(group, alone):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = str(Path(finetune.__file__).resolve())
+    flags = flags_of(SETTINGS | {"MODEL_ID": group.base})
     ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         Path(finetune.__file__).resolve(), *flags_of(SETTINGS | {"MODEL_ID": together.base})],
-        cwd=together.folder, env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True, encoding="utf-8", timeout=LIMIT)
-    assert ended.returncode == 0 and "\r" not in ended.stderr, ended
+        [*launcher, "--nproc_per_node", "2", script, *flags],
+        cwd=group.folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=LIMIT,
+    )
+
+    assert ended.returncode == 0, ended
+    assert "\r" not in ended.stderr
     assert_one_voice(ended.stdout)
-    assert json.loads((together.out / "settings.json").read_text())["processes"] == 2
-    together.equals(alone)
+    assert json.loads((group.out / "settings.json").read_text())["processes"] == 2
+    group.assert_equals(alone)
 
 
-def test_three_processes_do_what_one_does_with_t5(alone, data, t5_base, tmp_path):
-    """Forked ones, as in all tests below."""
-    together = Together(tmp_path / "run", data, t5_base)
-    assert_one_voice(together.ends_as(alone, 3))
-    assert together.ends_as(alone, 3).count("this run is finished") == 1
+def test_three_processes_do_what_one_does_with_t5(alone, source, t5_base, tmp_path):
+    """They are forked, as in all tests below."""
+    group = Group(tmp_path / "run", source, t5_base)
+
+    assert_one_voice(group.finish(alone, 3))
 
 
-def test_nothing_is_held_out_and_no_two_dropouts_are_alike(together):
-    def prepare(rank: int, settings: dict) -> None:
-        real, stderr = finetune.Captioner.losses, sys.stderr
+def test_with_nothing_held_out_no_two_dropouts_are_alike(group):
+    """Each process prints the seed of each of its steps, to stderr."""
 
-        def watched(captioner, rows):
+    def print_seeds(rank: int, settings: dict) -> None:
+        stderr = sys.stderr
+        real = finetune.Captioner.losses
+
+        def losses(captioner, batch):
             if torch.is_grad_enabled():
                 print(torch.initial_seed(), file=stderr)
-            return real(captioner, rows)
+            return real(captioner, batch)
 
-        finetune.Captioner.losses = watched
+        finetune.Captioner.losses = losses
 
-    ended = together(2, prepare, VALIDATION_FRACTION=0, EPOCHS=1)
-    assert codes(ended) == [0, 0]
-    seeds = [seed for one in ended for seed in one.err.split()]
-    assert len(set(seeds)) == len(seeds) == 2 * 3  # processes, steps
+    ended = group.run(2, print_seeds, VALIDATION_FRACTION=0, EPOCHS=1)
+
+    assert exit_codes(ended) == [0, 0]
+    seeds = ended[0].err.split() + ended[1].err.split()
+    assert len(seeds) == 2 * EPOCH_STEPS
+    assert len(set(seeds)) == len(seeds)
 
 
-def test_out_of_memory_on_one_process_halves_in_all(together, alone):
-    """Process 1 is short in its second step; each prints how many rows it is given, to stderr."""
+def test_out_of_memory_in_one_process_halves_in_all(group, alone):
+    """Process 1 is short in its second step. Each prints how many pairs it is given, to stderr."""
 
-    def prepare(rank: int, settings: dict) -> None:
-        real, sizes, stderr = finetune.Captioner.losses, [], sys.stderr
+    def print_sizes_and_fail_once(rank: int, settings: dict) -> None:
+        stderr = sys.stderr
+        sizes = []
+        real = finetune.Captioner.losses
 
-        def watched(captioner, rows):
+        def losses(captioner, batch):
             if torch.is_grad_enabled():
-                sizes.append(len(rows))
-                print(len(rows), file=stderr)
+                sizes.append(len(batch.features))
+                print(sizes[-1], file=stderr)
                 if rank == 1 and len(sizes) == 2:
-                    raise torch.OutOfMemoryError("CUDA out of memory.")
-            return real(captioner, rows)
+                    raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+            return real(captioner, batch)
 
-        finetune.Captioner.losses = watched
+        finetune.Captioner.losses = losses
 
-    first, second = together(2, prepare)
-    assert codes([first, second]) == [0, 0]
-    assert first.out.count("out of memory: 2 pairs at a time") == 1
-    sizes, others = ([int(size) for size in one.err.split()] for one in (first, second))
-    assert sizes[:4] == [3, 3, 2, 1] and others[:3] == [2, 2, 2]  # of five rows in all
-    assert max(sizes[2:] + others[2:]) == 2
-    together.equals(alone)
+    ended = group.run(2, print_sizes_and_fail_once)
+
+    assert exit_codes(ended) == [0, 0]
+    assert ended[0].out.count("out of memory: 2 pairs at a time") == 1
+    first = [int(size) for size in ended[0].err.split()]
+    second = [int(size) for size in ended[1].err.split()]
+    assert first[:4] == [3, 3, 2, 1]  # of five pairs, and again in two parts
+    assert second[:3] == [2, 2, 2]
+    assert max(first[2:] + second[2:]) == 2
+    group.assert_equals(alone)
 
 
 # ---- Stopped ------------------------------------------------------------------------------------
 
 
-def in_process(*ranks: int, action, event: str = "before step 5"):
-    """A patch: it happens there to some processes."""
+def in_processes(ranks: set[int], action: Callable, event: str = "before step 5") -> Callable:
+    """For prepare: the action comes at the event, in these processes."""
 
     def prepare(rank: int, settings: dict) -> None:
         if rank in ranks:
@@ -211,78 +292,173 @@ def in_process(*ranks: int, action, event: str = "before step 5"):
     return prepare
 
 
-@pytest.mark.parametrize("event, number, ranks, expected, said, steps, count", [
-    ("before step 5", signal.SIGTERM, (1,), [130, 143], "stopped; a training", (5, 6), 1),
-    ("before step 5", signal.SIGTERM, (1,), [130, 143], "stopped; a training", (5, 6), 3),
-    ("before step 5", signal.SIGTERM, (0, 1), [143, 143], "\nstopping after this", (5, 6), 2),
-    ("before step 5", signal.SIGKILL, (1,), [1, -9], ".*Another process has ended", (3,), 2),
-    ("before step 9", signal.SIGTERM, (1,), [0, 0], r"\Z", (0,), 2),  # too late: it is finished
-])  # fmt: skip
-def test_all_stop_and_any_number_continues(
-    event, number, ranks, expected, said, steps, count, together, alone
-):
-    """Of two, a launcher may stop both, or one gets the signal, and 130 is said by the other."""
-    ended = together(2, in_process(*ranks, action=send(number), event=event))
-    assert codes(ended) == expected and re.match(said, ended[0].err, re.S), ended
-    step = step_of(together.folder)
-    assert step in steps and together.out.exists() == (step == 0)
-    done = f"\nsteps: 9, 3 an epoch, {step} done\n" if step else "this run is finished"
-    assert done in together.ends_as(alone, count)
+@pytest.mark.parametrize("count", [1, 3])
+def test_after_a_signal_to_one_all_stop_and_any_number_continues(count, group, alone):
+    """The one says 143, for SIGTERM, the other 130."""
+    ended = group.run(2, in_processes({1}, send(signal.SIGTERM)))
+
+    assert exit_codes(ended) == [130, 143]
+    assert ended[0].err.startswith("stopped; a training")
+    step = step_of(group.folder)
+    assert step in (5, 6)
+    assert not group.out.exists()
+    assert f"\nsteps: 9, 3 an epoch, {step} done\n" in group.finish(alone, count)
 
 
-# ---- Processes that don't get on ----------------------------------------------------------------
+def test_after_a_signal_to_all_all_stop_and_continue(group, alone):
+    """As a launcher sends it."""
+    ended = group.run(2, in_processes({0, 1}, send(signal.SIGTERM)))
+
+    assert exit_codes(ended) == [143, 143]
+    assert ended[0].err.startswith("\nstopping after this")
+    step = step_of(group.folder)
+    assert step in (5, 6)
+    assert not group.out.exists()
+    assert f"\nsteps: 9, 3 an epoch, {step} done\n" in group.finish(alone, 2)
 
 
-def elsewhere(change, *, output: bool = False):
-    """A patch: process 1 has a changed copy of TRAIN_DIR, or OUTPUT_DIR, under the same path."""
+def test_after_a_process_was_killed_the_others_end_and_all_continue(group, alone):
+    ended = group.run(2, in_processes({1}, send(signal.SIGKILL)))
+
+    assert exit_codes(ended) == [1, -signal.SIGKILL]
+    assert "Another process has ended" in ended[0].err
+    assert step_of(group.folder) == 3  # that of the last epoch's end
+    assert not group.out.exists()
+    assert "\nsteps: 9, 3 an epoch, 3 done\n" in group.finish(alone, 2)
+
+
+def test_a_signal_in_the_last_step_comes_too_late(group, alone):
+    """The run is finished, and one process says so when all start again."""
+    ended = group.run(2, in_processes({1}, send(signal.SIGTERM), event="before step 9"))
+
+    assert exit_codes(ended) == [0, 0]
+    assert ended[0].err == ""
+    assert group.out.exists()
+    assert group.finish(alone, 2).count("this run is finished") == 1
+
+
+# ---- Processes that do not agree ----------------------------------------------------------------
+
+
+def on_another_machine(change: Callable[[Path], None], own_output: bool = False) -> Callable:
+    """For prepare: process 1 has a changed copy of TRAIN_DIR, or OUTPUT_DIR, under the same path.
+
+    What is not its own, it shares with process 0.
+    """
 
     def prepare(rank: int, settings: dict) -> None:
-        if rank == 1:
-            here, own = Path.cwd(), Path("../other machine").resolve()
-            shutil.copytree(here, own)
-            change(own)
-            settings["OUTPUT_DIR"] = str((own if output else here) / "out")
-            os.chdir(here if output else own)
+        if rank == 0:
+            return
+        shared = Path.cwd()
+        own = shared.with_name("other machine")
+        shutil.copytree(shared, own)
+        change(own)
+        if own_output:
+            settings["OUTPUT_DIR"] = str(own / "out")
+        else:
+            settings["OUTPUT_DIR"] = str(shared / "out")
+            os.chdir(own)
 
     return prepare
 
 
-def another_step(own: Path) -> None:
-    path = own / "out.unfinished/checkpoint.pt"
+def delete_a_picture(folder: Path) -> None:
+    next(folder.glob("data/Image/*/*.png")).unlink()
+
+
+def change_a_caption(folder: Path) -> None:
+    next(folder.glob("data/caption/*.txt")).write_text("a star")
+
+
+def change_nothing(folder: Path) -> None:
+    """Then the features that process 0 encodes are not there."""
+
+
+def delete_the_data(folder: Path) -> None:
+    shutil.rmtree(folder / "data")
+
+
+def delete_the_checkpoint(folder: Path) -> None:
+    shutil.rmtree(folder / "out.unfinished")
+
+
+def put_the_checkpoint_back_a_step(folder: Path) -> None:
+    path = folder / "out.unfinished/checkpoint.pt"
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["progress"]["step"] -= 1
     torch.save(checkpoint, path)
 
 
-@pytest.mark.parametrize("begun, prepare", [
-    (False, elsewhere(lambda own: next(own.glob("data/Image/*/*.png")).unlink())),
-    (False, elsewhere(lambda own: next(own.glob("data/caption/*.txt")).write_text("a star"))),
-    (False, elsewhere(lambda own: None)),
-    (False, lambda rank, settings: settings.update(SEED=7 + rank)),
-    (True, elsewhere(lambda own: shutil.rmtree(own / "out.unfinished"), output=True)),
-    (True, elsewhere(another_step, output=True)),
-], ids=["a picture is missing", "another caption", "features that are not shared",
-        "another setting", "no checkpoint", "another checkpoint"])  # fmt: skip
-def test_who_sees_something_else_says_so(begun, prepare, together):
-    if begun:
-        assert codes(together(2, in_process(1, action=send(signal.SIGTERM)))) == [130, 143]
-    step = step_of(together.folder)
-    ended = together(2, prepare)
-    assert codes(ended) == [1, 1]
-    said = "error: the processes see other files, or have other settings"
-    assert ended[0].err.startswith(said) and ended[1].err.startswith(f"process 1: {said}"), ended
-    assert step_of(together.folder) == step and not together.out.exists()
+def change_the_seed(rank: int, settings: dict) -> None:
+    settings["SEED"] = 7 + rank
 
 
-@pytest.mark.parametrize("prepare, said", [
-    (elsewhere(lambda own: shutil.rmtree(own / "data")), "'data'"),
-    (in_process(1, event="before caption 1",
-                action=fail_with(torch.OutOfMemoryError("CUDA out of memory."))),
-     "process 1: error: CUDA out of memory. "),
-    (in_process(1, action=lambda: 1 / 0), "ZeroDivisionError: "),
-], ids=["no data", "out of memory where nothing can be halved", "a bug"])  # fmt: skip
-def test_an_error_of_one_process_is_seen_and_ends_all(prepare, said, together):
-    first, second = together(2, prepare)
-    assert first.code and "Another process has ended" in first.err, first
-    assert second.code and said in second.err, second
-    assert ("Traceback" in second.err) == said.startswith("Zero")
+def assert_all_refuse(ended: list[Ended]) -> None:
+    assert exit_codes(ended) == [1, 1]
+    sentence = "error: the processes see other files, or have other settings"
+    assert ended[0].err.startswith(sentence)
+    assert ended[1].err.startswith(f"process 1: {sentence}")
+
+
+@pytest.mark.parametrize("change", [delete_a_picture, change_a_caption, change_nothing])
+def test_processes_with_other_data_or_features_refuse(change, group):
+    assert_all_refuse(group.run(2, on_another_machine(change)))
+
+    assert step_of(group.folder) == 0
+    assert not group.out.exists()
+
+
+def test_processes_with_other_settings_refuse(group):
+    assert_all_refuse(group.run(2, change_the_seed))
+
+    assert step_of(group.folder) == 0
+    assert not group.out.exists()
+
+
+@pytest.mark.parametrize("change", [delete_the_checkpoint, put_the_checkpoint_back_a_step])
+def test_processes_with_other_checkpoints_refuse(change, group):
+    stopped = group.run(2, in_processes({1}, send(signal.SIGTERM)))
+    assert exit_codes(stopped) == [130, 143]
+    step = step_of(group.folder)
+
+    assert_all_refuse(group.run(2, on_another_machine(change, own_output=True)))
+
+    assert step_of(group.folder) == step
+    assert not group.out.exists()
+
+
+def fail_with_a_bug() -> None:
+    raise ZeroDivisionError("a bug")
+
+
+@pytest.mark.parametrize(
+    "prepare, said",
+    [
+        (on_another_machine(delete_the_data), "'data'"),
+        (  # where nothing can be halved
+            in_processes(
+                {1}, fail_with(torch.OutOfMemoryError(OUT_OF_MEMORY)), event="before caption 1"
+            ),
+            f"process 1: error: {OUT_OF_MEMORY} ",
+        ),
+    ],
+    ids=["no data", "out of memory"],
+)
+def test_an_error_of_one_process_is_seen_and_ends_all(prepare, said, group):
+    first, second = group.run(2, prepare)
+
+    assert first.code != 0
+    assert "Another process has ended" in first.err, first
+    assert second.code != 0
+    assert said in second.err, second
+    assert "Traceback" not in second.err
+
+
+def test_a_bug_in_one_process_is_shown_and_ends_all(group):
+    first, second = group.run(2, in_processes({1}, fail_with_a_bug))
+
+    assert first.code != 0
+    assert "Another process has ended" in first.err, first
+    assert second.code != 0
+    assert "Traceback" in second.err
+    assert "ZeroDivisionError: " in second.err

@@ -10,9 +10,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from accelerate import Accelerator
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from helpers import rows_of, train
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor
@@ -20,16 +20,12 @@ from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Proc
 import finetune
 
 
-def rows_of(built) -> list[finetune.Row]:
-    return [built.dataset[i] for i in range(len(built.dataset))]
-
-
 def step(built, micro_batch: int = 100) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients, by PEFT's names of the weights, of one step on all pairs."""
-    rows, weights = rows_of(built), built.learner.state_dict
-    tokens = sum(len(row.learned) for row in rows)
+    rows, weights = rows_of(built), built.learner.adapter_weights
+    tokens = sum(built.dataset.token_counts)
     losses = built.learner.backward(rows, tokens, micro_batch)
-    parts = built.learner.master.grad.clone().split([w.numel() for w in weights.values()])
+    parts = built.learner.gradient.clone().split([w.numel() for w in weights.values()])
     return losses.sum().item() / tokens, {
         name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
 
@@ -41,16 +37,6 @@ def assert_close(found: dict, expected: dict, tolerance: float) -> None:
         assert (found[name] - reference).norm() <= tolerance * reference.norm(), name
 
 
-def train(built, held_out=None, **settings) -> finetune.Progress:
-    """finetune.train on all pairs, from a start that is not zero; `held_out`: other pairs."""
-    vars(built.settings).update(settings)
-    held_out = held_out or finetune.ImageCaptioningDataset([], built.slots, built.captioner)
-    first = dict.fromkeys(finetune.METRICS, math.nan) | {"step": 0, "seconds": 0.0}
-    now = finetune.Progress([], [first], torch.zeros(len(built.dataset)))
-    folder, record = Path(built.settings.OUTPUT_DIR), {"settings": {}, "data": ""}
-    finetune.train(built.settings, built.learner, finetune.Datasets(built.dataset, held_out, []),
-                   now, finetune.Run(folder, folder, record, Accelerator(cpu=True)))
-    return now
 
 
 # ---- An independent oracle ----------------------------------------------------------------------
@@ -130,7 +116,7 @@ def test_a_step_equals_the_oracle(
     built = build(copy_of_2023(any_base, tmp_path / "old") if old else any_base, small_data,
                   PROMPT=prompt, LORA_TARGETS=targets, MAX_CAPTION_TOKENS=limit)
     loss, found = step(built)
-    expected_loss, expected = oracle(any_base, built.pairs, prompt, limit, built.learner.state_dict)
+    expected_loss, expected = oracle(any_base, built.pairs, prompt, limit, built.learner.adapter_weights)
     assert math.isclose(loss, expected_loss, rel_tol=1e-5)
     assert_close(found, expected, 1e-5)
     for micro_batch in (5, 1):  # however it is split
@@ -148,10 +134,10 @@ def test_bfloat16_is_float32_within_its_noise(any_base, small_data, build, in_4b
         assert {weight.dtype for weight in built.learner.weights} == {built.captioner.dtype}
         losses.append(step(built, 5)[0])
         learner, rows, by_hand = built.learner, rows_of(built), 0
-        gradients.append(learner.master.grad.clone())
+        gradients.append(learner.gradient.clone())
         for start in (0, 5, 10):
-            loss = built.captioner.losses(rows[start : start + 5]).sum()
-            loss = loss / sum(len(row.learned) for row in rows)
+            batch = built.captioner.row_builder.collate_fn(rows[start : start + 5])
+            loss = built.captioner.losses(batch).sum() / sum(built.dataset.token_counts)
             parts = torch.autograd.grad(loss, learner.weights)
             by_hand = by_hand + torch.cat([part.flatten().float() for part in parts])
         assert (gradients[-1] - by_hand).norm() < 1e-5 * by_hand.norm()
@@ -159,7 +145,7 @@ def test_bfloat16_is_float32_within_its_noise(any_base, small_data, build, in_4b
         finetune.save_adapter(tmp_path, {}, learner)
         saved = load_file(tmp_path / "adapter_model.safetensors")
         assert {weight.dtype for weight in (learner.master, *saved.values())} == {torch.float32}
-        for name, part in learner.state_dict.items():
+        for name, part in learner.adapter_weights.items():
             assert torch.equal(saved[name.replace(".default", "")], part)
     assert math.isclose(*losses, rel_tol=0.02)
     assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[0].norm()
@@ -181,8 +167,8 @@ def test_the_loop_is_adamw_with_clipping_decay_and_rates(most, opt_base, small_d
         order = finetune.epoch_order(12, expected.settings.SEED, number // 3)[place : place + 5]
         rows = [expected.dataset[i] for i in order]
         optimizer.zero_grad()
-        losses = expected.captioner.losses(rows)
-        (losses.sum() / sum(len(row.learned) for row in rows)).backward()
+        losses = expected.captioner.losses(expected.captioner.row_builder.collate_fn(rows))
+        (losses.sum() / sum(expected.dataset.token_counts[i] for i in order)).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(weights, most or math.inf).item())
         optimizer.param_groups[0]["lr"] = finetune.learning_rate(number, 6, 0.01, 0.4)
         optimizer.step()
@@ -190,10 +176,10 @@ def test_the_loop_is_adamw_with_clipping_decay_and_rates(most, opt_base, small_d
 
     built, seen = build(opt_base, small_data, WEIGHT_DECAY=0.5), []
     real = built.captioner.losses
-    built.captioner.losses = lambda rows: seen.append(rows) or real(rows)
+    built.captioner.losses = lambda batch: seen.append(batch) or real(batch)
     now = train(built, EPOCHS=2, BATCH_SIZE=5, LEARNING_RATE=0.01, MAX_GRAD_NORM=most,
                 WARMUP_FRACTION=0.4)
-    lengths = [[len(row.learned) for row in rows] for rows in seen]
+    lengths = [batch.owners.bincount().tolist() for batch in seen]
     assert [len(some) for some in lengths] == [5, 5, 2] * 2
     assert all(some == sorted(some, reverse=True) for some in lengths)
     theirs = torch.cat([p.detach().flatten() for p in weights])
@@ -243,8 +229,8 @@ def test_nf4_is_the_language_model_without_its_head_and_trains_as_the_dequantize
                    for in_4bit in (True, False))
     loss, found = step(built)
     with torch.no_grad():
-        built.captioner.losses(rows_of(built))
-        built.captioner.caption([row.features for row in rows_of(built)[:2]])
+        built.captioner.losses(built.captioner.row_builder.collate_fn(rows_of(built)))
+        built.captioner.caption(torch.stack([row.features for row in rows_of(built)[:2]]))
     for name, module in built.captioner.model.named_modules():
         if isinstance(module, torch.nn.Linear) and "lora_" not in name:
             in_4bit = name.startswith("language_model.") and "lm_head" not in name
@@ -286,7 +272,7 @@ def limited(monkeypatch):
             raise RuntimeError(message)
 
         def losses(captioner, rows):
-            too_much = torch.is_grad_enabled() and len(rows) > most
+            too_much = torch.is_grad_enabled() and len(rows.features) > most
             if too_much and where == "forward":
                 fail()
             result = real(captioner, rows)
@@ -307,7 +293,7 @@ def test_out_of_memory_costs_nothing(any_base, small_data, build, limited, capsy
         built = build(any_base, small_data)
         limited(most, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", where)
         train(built, EPOCHS=2, BATCH_SIZE=7, LEARNING_RATE=3e-3)
-        adapters.append(built.learner.master.detach().clone())
+        adapters.append(built.learner.master.clone())
     assert (adapters[0] - adapters[1]).norm() <= 1e-5 * adapters[0].norm()
     assert capsys.readouterr().out.count("out of memory:") == 2
 
@@ -340,8 +326,8 @@ def test_a_gpu_learns_one_pair_before_the_first_step(opt_base, small_data, build
     built, calls = build(opt_base, small_data), []
     monkeypatch.setattr(finetune, "add_lora", lambda *_: built.adapter)
     monkeypatch.setattr(finetune.Learner, "backward", lambda _, rows, *more: calls.append(rows))
-    nothing = finetune.ImageCaptioningDataset([], built.slots, built.captioner)
+    nothing = finetune.ImageCaptioningDataset([], {}, built.captioner.row_builder)
     built.captioner.device = torch.device("cuda")
     datasets = finetune.Datasets(built.dataset, nothing, [])
-    finetune.begin(built.settings, built.captioner, datasets, {})
+    finetune.start(built.settings, built.captioner, datasets, None)
     assert [len(rows) for rows in calls] == [1]

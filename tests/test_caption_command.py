@@ -1,0 +1,268 @@
+"""--caption: a line for each picture on stdout, everything else on stderr."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import (
+    LFS_POINTER,
+    ODD_NAMES,
+    assert_no_control_characters,
+    assert_reasons,
+    assert_words,
+    read_captions,
+    snapshot,
+    write_file,
+    write_files,
+)
+
+import finetune
+
+
+@pytest.fixture(scope="module")
+def finished(sample, opt_base, tmp_path_factory) -> Path:
+    """An OUTPUT_DIR whose base was given by a path relative to another folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "base").symlink_to(opt_base)
+    shutil.copytree(sample, folder / "train", ignore=shutil.ignore_patterns(".features", "0*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert finetune.main(["--model-id=base", "--epochs=1", "--output-dir=out"]) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def caption(command, finished, monkeypatch, tmp_path):
+    """caption("a.png", ...) in a new folder -> code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *paths: command("--caption", *paths, OUTPUT_DIR=finished, NUM_WORKERS=1)
+
+
+def test_each_picture_is_a_line_with_its_caption_and_confidence(caption, small_data):
+    pictures = sorted(str(path) for path in Path("data/Image").rglob("*.png"))
+    shutil.move(pictures.pop(), "single")  # content decides, not the extension
+    before = snapshot(Path())
+
+    code, out, _ = caption("single", "data/Image")
+
+    assert code == 0
+    assert snapshot(Path()) == before
+    captions = read_captions(out)
+    assert sorted(captions) == sorted(["single", *pictures])
+    for text, confidence in captions.values():
+        assert re.search(r"\w+ \w+", text)
+        assert 0 < confidence <= 1
+    for line in out.splitlines():
+        assert re.search(r"\t[01]\.\d{4}$", line)
+
+
+def test_odd_names_are_one_line_each(caption, small_data):
+    for name in ODD_NAMES:
+        write_files(Path("odd"), {name: None})
+    write_file(Path("odd/notes\n.unknown"), b"text")
+
+    code, out, err = caption("odd")
+
+    assert code == 1
+    pictures = [shown for shown in ODD_NAMES.values() if not shown.endswith(".exe")]
+    assert sorted(read_captions(out)) == sorted(f"odd/{shown}" for shown in pictures)
+    assert r"odd/notes\n.unknown" in err
+    assert_no_control_characters(out.replace("\t", "") + err)
+
+
+def test_what_can_not_be_read_is_named_and_does_not_stop_the_others(caption, small_data):
+    bad = {"a.png": b"x", "z.jpg": b"no picture", "notes.unknown": b"text"}
+    for name, content in bad.items():
+        write_file(small_data / "Image" / name, content)
+    write_file(small_data / "Image/a.txt", b"a caption next to a picture: it is not named")
+
+    code, out, err = caption("missing.png", "data/Image")
+
+    assert code == 1
+    assert len(read_captions(out)) == 12
+    reasons = dict(re.findall(r"^  (\S+): (.+)$", err, re.M))
+    expected = {f"data/Image/{name}": "is not a JPEG" for name in bad}
+    assert_reasons(reasons, expected | {"missing.png": "no such file"})
+
+
+def test_a_folder_without_a_file_is_an_error(caption, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    code, _, err = caption("nothing")
+    assert code == 1
+    assert "there is no picture in ['nothing']" in err
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"settings.json": b"[]"},
+        {"adapter_model.safetensors": None, "settings.json": b"{}"},
+        {"adapter_config.json": b"{", "settings.json": None, "adapter_model.safetensors": None},
+        {"adapter_config.json": None, "settings.json": None, "adapter_model.safetensors": b"x"},
+    ],
+    ids=["empty", "no run", "no settings", "broken config", "broken weights"],
+)
+def test_without_a_finished_run_the_error_says_to_train_first(
+    refused, small_data, finished, tmp_path, files
+):
+    """The files are those of a finished run (None), or damaged."""
+    for name, content in files.items():
+        if content is None:
+            content = (finished / name).read_bytes()
+        write_file(tmp_path / "run" / name, content)
+
+    error = refused("--caption", str(small_data / "Image"), OUTPUT_DIR=tmp_path / "run")
+
+    assert_words(error, (repr(str(tmp_path / "run")), "Train one first"))
+
+
+# ---- New: files that are no pictures ------------------------------------------------------------
+
+
+def test_files_of_a_folder_that_are_no_pictures_are_counted_and_not_tried(caption):
+    write_files(
+        Path("new"),
+        {
+            "a.png": None,
+            "b": None,
+            "a.mov": "x",
+            "a.json": "{}",
+            "a.npz": b"PK\x03\x04",
+            "a.AAE": "x",
+            "notes.doc": "x",
+            "README.md": "x",
+        },
+    )
+
+    code, out, err = caption("new")
+
+    assert code == 0
+    assert sorted(read_captions(out)) == ["new/a.png", "new/b"]
+    [line] = [line for line in err.splitlines() if "6 files" in line]
+    assert ".mov" not in err
+
+
+def test_a_table_of_captions_of_an_earlier_call_is_not_tried(caption):
+    write_files(
+        Path("new"), {"a.png": None, "captions.tsv": "new/a.png\ta cat\t0.9876\n", "a.txt": "a cat"}
+    )
+    code, out, _ = caption("new")
+    assert code == 0
+    assert list(read_captions(out)) == ["new/a.png"]
+
+
+def test_a_file_that_is_named_itself_is_tried(caption):
+    write_files(Path(), {"a.png": None, "clip.mov": "x"})
+    code, out, err = caption("a.png", "clip.mov")
+    assert code == 1
+    assert list(read_captions(out)) == ["a.png"]
+    assert "clip.mov" in err
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "empty"),
+        ("<!DOCTYPE html><title>404</title>", "web page"),
+        (LFS_POINTER, "git lfs pull"),
+    ],
+    ids=["nothing", "web page", "Git LFS"],
+)
+def test_a_file_that_is_something_else_is_told_as_what_it_is(caption, content, words):
+    write_files(Path(), {"a.png": None, "bad.jpg": content})
+    code, _, err = caption("a.png", "bad.jpg")
+    assert code == 1
+    [line] = [line for line in err.splitlines() if "bad.jpg" in line]
+    assert words in line
+
+
+# ---- New: paths as people write them ------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """a.png, b.png, c.jpg, and d.png in a folder."""
+    write_files(tmp_path, {"a.png": None, "b.png": None, "c.jpg": None, "deep/d.png": None})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "patterns, names",
+    [
+        (["*.png"], ["a.png", "b.png"]),
+        (["?.*"], ["a.png", "b.png", "c.jpg"]),
+        (["[bc].*"], ["b.png", "c.jpg"]),
+        (["*/*.png", "a.png"], ["deep/d.png", "a.png"]),
+        (["*.png", "a.png", "./a.png"], ["a.png", "b.png"]),
+        (["dee*"], ["deep/d.png"]),
+    ],
+)
+def test_patterns_are_expanded_as_a_shell_does_it(caption, pictures, patterns, names):
+    """Windows' shells leave that to the program."""
+    code, out, _ = caption(*patterns)
+    assert code == 0
+    found = [name.removeprefix("./") for name in read_captions(out)]
+    assert sorted(found) == sorted(names)
+
+
+@pytest.mark.parametrize("name", ["a*.png", "IMG [edited].png", "what?.png"])
+def test_a_name_with_the_letters_of_a_pattern_is_itself(caption, pictures, name):
+    write_files(Path(), {name: None})
+    code, out, _ = caption(name)
+    assert code == 0
+    assert list(read_captions(out)) == [name]
+
+
+def test_a_pattern_in_a_folder_with_brackets_is_expanded(caption):
+    write_files(Path("2024 [best]"), {"a.png": None, "b.png": None})
+    code, out, _ = caption("2024 [best]/*.png")
+    assert code == 0
+    assert sorted(read_captions(out)) == ["2024 [best]/a.png", "2024 [best]/b.png"]
+
+
+def test_a_tilde_is_the_home_folder(caption, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    write_files(tmp_path / "home/new", {"a.png": None, "b.jpg": None})
+
+    code, out, _ = caption("~/new/*.png", "~/new/b.jpg")
+
+    assert code == 0
+    names = [Path(path).name for path in read_captions(out)]
+    assert sorted(names) == ["a.png", "b.jpg"]
+
+
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("missing.png", ("missing.png", "there is no")),
+        ("missing/*.png", ("missing/*.png", "there is no")),
+        ("new/", ("new/", "there is no")),
+        ("https://example.com/a.png", ("https://example.com/a.png", "URL")),
+        ("http://example.com/*.jpg", ("http://example.com/*.jpg", "URL")),
+        ("s3://bucket/a.png", ("s3://bucket/a.png", "URL")),
+        ("HTTPS://example.com/a.png", ("HTTPS://example.com/a.png", "URL")),
+        ("A.PNG", ("A.PNG", "there is 'a.png'")),
+    ],
+)
+def test_a_path_that_is_nothing_is_told_before_the_model_is_loaded(caption, pictures, path, words):
+    code, out, err = caption(path)
+    assert code == 1
+    assert out == ""
+    assert_words(err, words)
+    assert "memory:" not in err
+
+
+def test_a_base_that_has_moved_is_named(command, refused, finished, opt_base, small_data, tmp_path):
+    """Without a word about the network."""
+    base = shutil.copytree(opt_base, tmp_path / "base")
+    code, _, _ = command(TRAIN_DIR=small_data, MODEL_ID=base, EPOCHS=1)
+    assert code == 0
+    shutil.rmtree(base)
+
+    error = refused("--caption", str(small_data), OUTPUT_DIR=tmp_path / "out")
+
+    assert_words(error, (str(base), "no such folder"))
+    assert "network" not in error
