@@ -2228,13 +2228,18 @@ def load_features(path: Path) -> torch.Tensor:
 
 
 def list_known(folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> set[str]:
-    """Names of the feature files in a folder that are whole: they have the size that is right."""
-    size = len(save({"features": torch.zeros(shape, dtype=dtype)}))
+    """Names of the feature files in a folder that are whole: all have one size, and one header."""
+    whole = save({"features": torch.zeros(shape, dtype=dtype)})
+    header = whole[: len(whole) - math.prod(shape) * dtype.itemsize]
     known = set()
     for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):  # another run has just renamed it
-            if entry.stat().st_size == size:
-                known.add(entry.name)
+        try:
+            if entry.stat().st_size == len(whole):
+                with open(entry.path, "rb") as file:
+                    if file.read(len(header)) == header:
+                        known.add(entry.name)
+        except FileNotFoundError:  # another run has just renamed it
+            continue
     return known
 
 
@@ -2279,14 +2284,15 @@ def encode_pictures(
 
 
 def refuse_full_disk(folder: Path, needed: int) -> None:
-    """Tells what features of this many bytes take; raises UserError if the disk has less."""
+    """Tells how many bytes features will take; raises UserError if the disk has less."""
     free = shutil.disk_usage(folder).free
-    if needed > 1_000_000_000:
+    if needed > 100_000_000:
         print(f"  they will take {needed / 1e9:.1f} GB in {printable(str(folder))}")
     if needed > free:
         raise UserError(
-            f"the features of the pictures need {needed / 1e9:.1f} GB, and the disk of "
-            f"{str(folder)!r} has {free / 1e9:.1f} GB. Make room there."
+            f"the features of the pictures need {needed / 1e6:,.1f} MB, and the disk of "
+            f"{str(folder)!r} has {free / 1e6:,.1f} MB. Make room there, and run the same command "
+            "again."
         )
 
 
@@ -3896,7 +3902,7 @@ def print_summary(record: dict[str, Any], captioned: list[CaptionedPicture]) -> 
 def describe_model(captioner: Captioner) -> dict[str, Any]:
     """The facts about the loaded model."""
     config = captioner.model.config
-    versions = {"torch": torch.__version__}  # with its build, as in 2.13.0+cu130
+    versions = {"torch": str(torch.__version__)}  # with its build, as in 2.13.0+cu130
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):  # bitsandbytes, without LOAD_IN_4BIT
             versions.setdefault(name, version(name))
@@ -4062,6 +4068,9 @@ def caption_pictures(settings: argparse.Namespace) -> int:
     """
     findings = Findings()
     pictures = list_pictures(settings.caption, findings)
+    page_folder = os.path.dirname(os.path.expanduser(settings.page))
+    if page_folder and not os.path.isdir(page_folder):
+        raise UserError(f"there is no folder {page_folder!r} for --page. Make it, or name another.")
     print(f"adapter: {printable(settings.OUTPUT_DIR)}", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):
         captioner = load_trained(settings)
@@ -4080,7 +4089,7 @@ def caption_pictures(settings: argparse.Namespace) -> int:
         if settings.write_txt:
             write_caption_files(captions)
         if settings.page:
-            write_caption_page(Path(settings.page), captions)
+            write_caption_page(Path(settings.page).expanduser(), captions)
         print_notes(findings, name_files=False)
         print_skipped(findings.skipped, show_all=True)
     return 1 if findings.skipped else 0
@@ -4110,8 +4119,7 @@ def write_caption_page(path: Path, captions: dict[str, Caption]) -> None:
             Line("confidence", f"{caption.confidence:.2f}", "quiet"),
         ]
         cards.append(Card(picture, lines))
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(card.picture)) for card in cards])
-    content = format_section("The least sure first", cards, MAX_PICTURES_SHOWN, root)
+    content = format_section("The least sure first", cards, MAX_PICTURES_SHOWN, os.curdir)
     write_page(path, "BLIP-2 captions", content)
     print(f"page: {printable(str(path))}")
 
@@ -4236,7 +4244,9 @@ def main(argv: list[str] | None = None) -> int:
     except (KeyboardInterrupt, Stopped) as stopped:
         line = f"{speaker}stopped"
         if is_training:
-            line += "; to continue, run the same command again, without --restart"
+            line += "; to continue, run the same command again"
+        if settings.restart:
+            line += ", without --restart if its steps had begun"
         print(line, file=real_stderr)
         number = stopped.args[0] if stopped.args else signal.SIGINT
         return 128 + number

@@ -3,7 +3,7 @@
     python tests/see_something_new.py [--what side] [--targets attention qformer ...]
 
 Draws pictures whose captions name something that the tiny base was never taught to keep, such as
-the side on which the shape stands. It is in the vision tower's output, but hardly in the Q-Former's.
+the side on which the shape stands. The vision tower's output tells it, the Q-Former's hardly does.
 Each of the LORA_TARGETS is trained through the command line of finetune.py, and then captions new
 pictures. The table counts those that are captioned exactly, those with the right word for what is
 new, and those whose other words are right. By chance, half of the new words are right.

@@ -266,3 +266,62 @@ def test_a_base_that_has_moved_is_named(command, refused, finished, opt_base, sm
 
     assert_words(error, (str(base), "no such folder"))
     assert "network" not in error
+
+
+# ---- --write-txt and --page ---------------------------------------------------------------------
+
+
+def test_write_txt_writes_next_to_pictures_and_never_over_a_file(caption):
+    write_files(Path("new"), {"a.png": None, "b.png": None, "c/d.jpg": None, "b.txt": "my own"})
+
+    code, out, err = caption("new", "--write-txt")
+
+    assert code == 0
+    captions = read_captions(out)
+    assert Path("new/a.txt").read_text(encoding="utf-8") == captions["new/a.png"][0] + "\n"
+    assert Path("new/c/d.txt").read_text(encoding="utf-8") == captions["new/c/d.jpg"][0] + "\n"
+    assert Path("new/b.txt").read_text() == "my own"
+    assert "written next to pictures: 2" in err
+    assert "kept: 1" in err
+
+
+def test_written_captions_are_a_folder_to_train_on(caption, check):
+    write_files(Path("new"), {"a.png": None, "b.png": None})
+    _, out, _ = caption("new", "--write-txt")
+
+    pairs = check(Path("new")).pairs
+
+    captions = read_captions(out)
+    assert pairs == [(name, captions[f"new/{name}"][0]) for name in ("a.png", "b.png")]
+
+
+def test_a_page_shows_new_pictures_the_least_sure_first(caption, small_data):
+    code, out, err = caption("data/Image", "--page", "new.html")
+
+    assert code == 0
+    page = Path("new.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 12
+    shown = [float(number) for number in re.findall(r">([01]\.\d\d)</span>", page)]
+    assert len(shown) == 12
+    assert shown == sorted(shown)
+    for text, _ in read_captions(out).values():
+        assert text in page
+    assert "page: new.html" in err
+
+
+@pytest.mark.parametrize("flags", [["--page", "new.html"], ["--write-txt"]])
+def test_page_and_write_txt_are_for_caption_alone(capsys, flags):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        finetune.main(flags)
+    assert "--caption" in capsys.readouterr().err
+
+
+def test_a_page_in_a_folder_that_is_not_there_is_told_before_the_model_is_loaded(caption):
+    write_files(Path("new"), {"a.png": None})
+
+    code, out, err = caption("new", "--page", "nowhere/new.html")
+
+    assert code == 1
+    assert out == ""
+    assert "nowhere" in err
+    assert "memory:" not in err

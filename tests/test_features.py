@@ -19,7 +19,7 @@ PICTURES = 12  # in small_data
 def run(command, small_data, tmp_path, monkeypatch):
     """run(**settings) -> `opened`, the names of the pictures that a run opens, and its `adapter`.
 
-    Each run has an OUTPUT_DIR of its own. A report with samples would open pictures, too.
+    Each run has an OUTPUT_DIR of its own. The page would open pictures, too.
     """
     opened = []
     outputs = []
@@ -30,6 +30,7 @@ def run(command, small_data, tmp_path, monkeypatch):
         return real(path, side)
 
     monkeypatch.setattr(finetune, "read_picture", read_picture)
+    monkeypatch.setattr(finetune, "embed_picture", lambda path: "")
 
     def call(**settings) -> SimpleNamespace:
         opened.clear()

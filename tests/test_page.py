@@ -19,7 +19,7 @@ ODD_CAPTIONS = (
     "👩‍👩‍👧 family",
     "Donaudampfschifffahrt" * 24,  # 500 letters without a space
 )
-# What is asked of the browser: it writes the answers into the page, which is then dumped.
+# What is asked of the browser. The page is shown in a frame, next to which the answers are written.
 MEASURE = """
 <script>
 addEventListener("load", () => {
@@ -41,8 +41,10 @@ addEventListener("load", () => {
     requests: performance.getEntriesByType("resource").map(entry => entry.name)
       .filter(name => !name.startsWith("data:")),
   };
-  document.body.innerHTML = "<pre id=answers></pre>";
-  document.getElementById("answers").textContent = JSON.stringify(answers);
+  const place = parent.document.createElement("pre");
+  place.id = "answers";
+  place.textContent = JSON.stringify(answers);
+  parent.document.body.append(place);
 });
 </script>
 """
@@ -55,8 +57,7 @@ def look_at(page: Path, width: int) -> dict:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     measured = page.with_name("measured.html")
     measured.write_text(page.read_text(encoding="utf-8") + MEASURE, encoding="utf-8")
-    # A headless window can't be narrower than 500 pixels: a frame can.
-    frame = page.with_name("frame.html")
+    frame = page.with_name("frame.html")  # a window can't be as narrow as a phone, but a frame can
     frame.write_text(
         f'<body style="margin:0"><iframe src="{measured.name}" width="{width}" height="900" '
         'style="border:0"></iframe>'
@@ -70,19 +71,10 @@ def look_at(page: Path, width: int) -> dict:
         "--allow-file-access-from-files",
         "--virtual-time-budget=10000",
         f"--user-data-dir={page.parent / 'browser'}",
+        f"--window-size={width + 20},900",
         "--dump-dom",
-        measured.as_uri() if width >= 500 else frame.as_uri(),
-        f"--window-size={width},900",
+        frame.as_uri(),
     ]
-    if width < 500:  # --dump-dom does not show what is in a frame: let the frame tell its parent
-        measured.write_text(
-            measured.read_text(encoding="utf-8").replace(
-                'document.getElementById("answers")',
-                'parent.document.body.innerHTML = "<pre id=answers></pre>";\n'
-                '  parent.document.getElementById("answers")',
-            ),
-            encoding="utf-8",
-        )
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = re.search(r'<pre id="answers">(.*)</pre>', done.stdout)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
@@ -106,9 +98,7 @@ def make_finished_run(folder: Path, captions: tuple[str, ...], held_out_count: i
         pairs.append(("train", 5 - number / 100, 4, picture, caption))
     pairs.append(("train", 0.0, 4, str(data / "gone.png"), "a picture that is gone"))
     folder.mkdir()
-    finetune.write_csv(
-        folder / "held_out.csv", [finetune.CaptionedPicture._fields, *held_out]
-    )
+    finetune.write_csv(folder / "held_out.csv", [finetune.CaptionedPicture._fields, *held_out])
     finetune.write_csv(folder / "pairs.csv", [finetune.PairLoss._fields, *pairs])
     rows = []
     for step in range(4):

@@ -298,7 +298,7 @@ def test_after_a_signal_to_one_all_stop_and_any_number_continues(count, group, a
     ended = group.run(2, in_processes({1}, send(signal.SIGTERM)))
 
     assert exit_codes(ended) == [130, 143]
-    assert ended[0].err.startswith("stopped; a training")
+    assert ended[0].err.startswith("stopped; to continue")
     step = step_of(group.folder)
     assert step in (5, 6)
     assert not group.out.exists()
