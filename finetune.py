@@ -2478,35 +2478,48 @@ def caption_held_out(captioner: Captioner, datasets: Datasets) -> list[Caption]:
     return [by_picture[picture] for picture in datasets.to_caption]
 
 
-def list_hard_words(captioner: Captioner, dataset: ImageCaptioningDataset) -> dict[str, float]:
-    """The ten words with the highest loss, of those that are in many captions; and their losses.
+class HardWords(NamedTuple):
+    """What the words of the held-out captions cost: the mean loss of their tokens."""
 
-    That is the mean over the tokens of the word. "" is the mean of all words.
-    """
-    tokenizer = captioner.row_builder.tokenizer
-    losses_by_caption = []
+    hardest: dict[str, float]  # at most ten words that are in many captions, the highest loss first
+    mean: float  # of all words
+
+
+def average_by_word(tokenizer: Any, text: str, losses: list[float]) -> dict[str, float]:
+    """The mean loss of each word of a text, whose tokens have these losses."""
+    encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+    losses_of = defaultdict(list)
+    for word_id, loss in zip(encoding.word_ids(), losses, strict=False):  # it may have been cut
+        start, end = encoding.word_to_chars(word_id)
+        losses_of[text[start:end].strip()].append(loss)
+    return {word: sum(losses) / len(losses) for word, losses in losses_of.items()}
+
+
+def find_hard_words(captioner: Captioner, dataset: ImageCaptioningDataset) -> HardWords:
+    """The words that cost most: in at least 5 captions, and 5 % of them."""
+    row_builder = captioner.row_builder
+    by_caption = []
     for indices in own_batches(range(len(dataset)), "measuring words"):
         examples = [dataset[i] for i in indices]
         for example, losses in zip(examples, captioner.measure_tokens(examples), strict=True):
-            text = captioner.row_builder.space + example.caption
-            encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-            losses_by_word = defaultdict(list)
-            for word_id, loss in zip(encoding.word_ids(), losses, strict=False):  # it may be cut
-                span = encoding.word_to_chars(word_id)
-                losses_by_word[text[span.start : span.end].strip()].append(loss)
-            losses_by_caption.append(dict(losses_by_word))
+            text = row_builder.space + example.caption
+            by_caption.append(average_by_word(row_builder.tokenizer, text, losses))
 
-    losses_by_word = defaultdict(list)  # in each caption, the mean
-    for caption_losses in gather_object(losses_by_caption):
-        for word, losses in caption_losses.items():
-            losses_by_word[word].append(sum(losses) / len(losses))
-    means = {word: sum(losses) / len(losses) for word, losses in losses_by_word.items()}
-    overall = sum(means[word] * len(losses) for word, losses in losses_by_word.items())
+    losses_of = defaultdict(list)
+    all_losses = []
+    for averages in gather_object(by_caption):
+        for word, loss in averages.items():
+            losses_of[word].append(loss)
+            all_losses.append(loss)
+
     few = max(5, 0.05 * len(dataset))
-    common = [word for word, losses in losses_by_word.items() if len(losses) >= few]
-    hardest = sorted(common, key=lambda word: -means[word])[:10]
-    count = sum(len(losses) for losses in losses_by_word.values())
-    return {"": overall / max(1, count)} | {word: means[word] for word in hardest}
+    means = {}
+    for word, losses in losses_of.items():
+        if len(losses) >= few and any(character.isalnum() for character in word):
+            means[word] = sum(losses) / len(losses)
+    hardest = sorted(means, key=lambda word: -means[word])[:10]
+    mean = sum(all_losses) / len(all_losses) if all_losses else math.nan
+    return HardWords({word: means[word] for word in hardest}, mean)
 
 
 class CaptionedPicture(NamedTuple):
@@ -3405,7 +3418,7 @@ def summarize(
     captioned: list[CaptionedPicture],
     datasets: Datasets,
     progress: Progress,
-    hard_words: dict[str, float],
+    hard_words: HardWords,
     trains_qformer: bool,
 ) -> dict[str, Any]:
     """`results` of settings.json, with `remarks` on what is wrong. None: nothing can be said."""
@@ -3428,8 +3441,9 @@ def summarize(
         results[name] = {"before": before[name], "after": after[name]}
     if progress.qformer_steps:
         results["qformer_steps"] = progress.qformer_steps
-    if len(hard_words) > 1:
-        results["hard_words"] = hard_words
+    if hard_words.hardest:
+        results["hard_words"] = hard_words.hardest
+        results["mean_word_loss"] = hard_words.mean
     results["remarks"] = list_remarks(captioned, results)
     is_little = (
         len(datasets.training.references) < FEW_QFORMER_PICTURES
@@ -3478,9 +3492,9 @@ def describe_results(results: dict[str, Any]) -> dict[str, str]:
     described = {}
     for name, value in results.items():
         if name == "hard_words":
-            words = [f"{word} {loss:.2f}" for word, loss in value.items() if word]
-            described["hardest_words"] = f"{', '.join(words)} (loss; all words: {value['']:.2f})"
-        elif name != "remarks":
+            words = ", ".join(f"{word} {loss:.2f}" for word, loss in value.items())
+            described["hard_words"] = f"{words} (loss; all words: {results['mean_word_loss']:.2f})"
+        elif name not in ("remarks", "mean_word_loss"):
             described[name] = str(value)
     count = results["captioned"]
     for name in ("held_out_loss", "exact", "cider_d"):
@@ -3846,7 +3860,7 @@ def write_results(
     """All that a run leaves. Killed anywhere, it can be run again. Returns the exit code."""
     held_out_losses = measure_losses(learner.captioner, datasets.held_out)
     captions = caption_held_out(learner.captioner, datasets)
-    hard_words = list_hard_words(learner.captioner, datasets.held_out)
+    hard_words = find_hard_words(learner.captioner, datasets.held_out)
     if not run.is_main:
         return 0
     training_losses = progress.pair_losses / run.record["settings"]["EPOCHS"]

@@ -444,7 +444,9 @@ def measure_encoding(kind: Kind, setup: Setup, pictures: list[str], repeats: int
 
     def do_both() -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            finetune.encode_pictures(captioner, pictures, str(setup.data), Path(folder), CORES, finetune.Findings())
+            finetune.encode_pictures(
+                captioner, pictures, str(setup.data), Path(folder), CORES, finetune.Findings()
+            )
 
     seconds = take_turns({"decode": decode, "encode": encode, "both": do_both}, repeats)
     decoding = seconds["decode"] / (2 * size)  # of one picture

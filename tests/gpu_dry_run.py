@@ -323,7 +323,9 @@ class DryRun:
                 self.settings.LORA_ALPHA,
                 self.settings.LORA_DROPOUT,
             )
-        self.learner = finetune.Learner(self.captioner, adapter, self.settings.WEIGHT_DECAY, self.settings.BATCH_SIZE)
+        self.learner = finetune.Learner(
+            self.captioner, adapter, self.settings.WEIGHT_DECAY, self.settings.BATCH_SIZE
+        )
         self.step(self.backward(2, 24))
 
     def backward(self, pairs: int, tokens: int) -> torch.Tensor:

@@ -32,6 +32,8 @@ WORDS = {  # what the captions name: the word for a low value, and that for a hi
     "height": ("upper", "lower"),
     "size": ("small", "large"),
 }
+NEAREST = 0.03  # how far from the middle, of the width of a picture
+FARTHEST = 0.12
 
 
 class Labeled(NamedTuple):
@@ -62,14 +64,14 @@ def measure(picture: Image.Image, what: str) -> float:
 
 
 def draw_labeled(count: int, what: str, seed: int) -> list[Labeled]:
-    """Drawings that clearly show what is named."""
+    """Drawings that show what is named: not so little that nobody sees it, nor at the very edge."""
     chooser = random.Random(seed)
     found = []
     while len(found) < count:
         drawing = chooser.choice(DRAWINGS)
         picture = draw(drawing, chooser.randrange(2**40))
         value = measure(picture, what)
-        if abs(value - 0.5) > 0.04:
+        if NEAREST < abs(value - 0.5) < FARTHEST:
             word = WORDS[what][int(value > 0.5)]
             found.append(Labeled(picture, word, caption(drawing, SAMPLE_STYLE)))
     return found

@@ -19,8 +19,16 @@ def train(command, sample, opt_base, tmp_path):
 
     def run(name: str, **settings) -> str:
         code, output, error = command(
-            **{"TRAIN_DIR": tmp_path / "train", "OUTPUT_DIR": tmp_path / name, "DEVICE": "cuda",
-               "MODEL_ID": opt_base, "LEARNING_RATE": 3e-3, "EPOCHS": 10} | settings)
+            **{
+                "TRAIN_DIR": tmp_path / "train",
+                "OUTPUT_DIR": tmp_path / name,
+                "DEVICE": "cuda",
+                "MODEL_ID": opt_base,
+                "LEARNING_RATE": 3e-3,
+                "EPOCHS": 10,
+            }
+            | settings
+        )
         assert code == 0, error
         return output
 

@@ -15,7 +15,6 @@ Their figures come from `pip install pycocoevalcap==1.2` and, with PYTHONPATH=.:
         print(name, float(Cider().compute_score(texts, theirs)[0]))
 """
 
-
 import pytest
 from helpers import PlainModel, read_captions, read_table, write_several
 
@@ -67,12 +66,6 @@ def test_cider_d_is_none_where_all_captions_are_the_same_or_of_one_picture(refer
     assert measures == {"exact": 1 / len(captions), "cider_d": None}
 
 
-
-
-
-
-
-
 @pytest.mark.parametrize("kind, beams, most, prompt, epochs", [
     ("opt", 1, 64, "a photo of", 6), ("opt", 1, 2, "", 1), ("t5", 1, 12, "say it", 30),
     ("opt", 3, 16, "", 20), ("t5", 3, 16, "", 30),
@@ -82,8 +75,16 @@ def test_confidence(kind, beams, most, prompt, epochs, request, sample, command,
     base = request.getfixturevalue(f"{kind}_base")
     data = write_several(tmp_path / "data", sample, 18)
     code, _, error = command(
-        MODEL_ID=base, TRAIN_DIR=data, LOAD_IN_4BIT=False, EPOCHS=epochs, LEARNING_RATE=3e-3,
-        VALIDATION_FRACTION=0.67, MAX_CAPTION_TOKENS=most, PROMPT=prompt, NUM_BEAMS=beams)
+        MODEL_ID=base,
+        TRAIN_DIR=data,
+        LOAD_IN_4BIT=False,
+        EPOCHS=epochs,
+        LEARNING_RATE=3e-3,
+        VALIDATION_FRACTION=0.67,
+        MAX_CAPTION_TOKENS=most,
+        PROMPT=prompt,
+        NUM_BEAMS=beams,
+    )
     assert code == 0, error
     code, output, error = command("--caption", f"{data}/pictures", NUM_BEAMS=beams)
     assert code == 0, error

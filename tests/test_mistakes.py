@@ -1,6 +1,6 @@
 """What goes wrong in the usual recipes, each reproduced with its number, beside finetune.py.
 
-    python -m pytest tests/test_mistakes.py     prints the table that is in the README
+python -m pytest tests/test_mistakes.py     prints the table that is in the README
 """
 
 import math
@@ -19,7 +19,8 @@ import finetune
 def plain_model(folder: str, in_4bit: bool = False) -> Blip2ForConditionalGeneration:
     nf4 = BitsAndBytesConfig(**finetune.NF4, bnb_4bit_compute_dtype=torch.float32)
     return Blip2ForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=nf4 if in_4bit else None)
+        folder, dtype=torch.float32, quantization_config=nf4 if in_4bit else None
+    )
 
 
 def usual_loss(model, pair: finetune.Pair, text: list[int] | None = None, ending=()):
@@ -52,8 +53,12 @@ def test_blind_to_the_picture(opt_base, small_data, build, report):
     row, features = built.dataset[0], finetune.load_features(built.feature_files[other.picture])
     ours = our_losses(built, row, row._replace(features=features))
     assert usual[0] == usual[1] and ours[1] > 2 * ours[0]
-    report("Blind: the caption is tokenized without image tokens. Loss with its own picture, and "
-           "with another one", both(usual), both(ours))
+    report(
+        "Blind: the caption is tokenized without image tokens. Loss with its own picture, and "
+        "with another one",
+        both(usual),
+        both(ours),
+    )
 
 
 def test_no_stop_token(opt_base, small_data, build, report):
@@ -68,13 +73,16 @@ def test_no_stop_token(opt_base, small_data, build, report):
             built.captioner.row_builder.label_ids = lambda caption, real=real: real(caption)[:-1]
         train(built, EPOCHS=40, LEARNING_RATE=3e-3)
         captions = built.captioner.caption(torch.stack([row.features for row in rows_of(built)]))
-        pairs = [(text, pair.caption) for (text, _), pair
-                 in zip(captions, built.pairs, strict=True)]
+        pairs = [
+            (text, pair.caption) for (text, _), pair in zip(captions, built.pairs, strict=True)
+        ]
         assert all(a.startswith(b) for a, b in pairs)  # the words are learned either way
         right.append(sum(a == b for a, b in pairs))
     assert right == [0, len(pairs)]
-    report("Run-on: no stop token among the labels. Captions that end where they should",
-           *(f"{count} of {len(pairs)}" for count in right))
+    report(
+        "Run-on: no stop token among the labels. Captions that end where they should",
+        *(f"{count} of {len(pairs)}" for count in right),
+    )
 
 
 def test_padding_scored(opt_base, small_data, build, report):
@@ -89,8 +97,11 @@ def test_padding_scored(opt_base, small_data, build, report):
         usual.append(usual_loss(model, built.pairs[0], ending=ending).item())
     ours = our_losses(built, short)[0], our_losses(built, short, long)[0]
     assert missing > 3 and abs(usual[1] - usual[0]) > 0.5 and math.isclose(*ours, rel_tol=1e-5)
-    report("Padding scored. Loss of one short caption alone, and beside a longer one",
-           both(usual), both(ours))
+    report(
+        "Padding scored. Loss of one short caption alone, and beside a longer one",
+        both(usual),
+        both(ours),
+    )
 
 
 def test_gradients_through_the_vision_tower(opt_base, small_data, build, report):
@@ -110,8 +121,10 @@ def test_gradients_through_the_vision_tower(opt_base, small_data, build, report)
             built.learner.backward(rows_of(built), 1)
         counts.append(len(reached))
     assert counts == [len(layers), 0]
-    report("Backward pass through frozen vision and Q-Former layers, for nothing",
-           *(f"{count} of {len(layers)} layers" for count in counts))
+    report(
+        "Backward pass through frozen vision and Q-Former layers, for nothing",
+        *(f"{count} of {len(layers)} layers" for count in counts),
+    )
 
 
 def test_dropout_in_frozen_parts(opt_base, small_data, build, report):
@@ -122,8 +135,11 @@ def test_dropout_in_frozen_parts(opt_base, small_data, build, report):
     ours = [built.learner.backward([built.dataset[0]], 1).item() for _ in range(20)]
     spread = [(max(losses) - min(losses)) / min(losses) for losses in (usual, ours)]
     assert spread[0] > 0.05 and spread[1] == 0
-    report("Dropout in frozen parts. Spread of one pair's loss, with no dropout asked for",
-           f"{spread[0]:.0%}", f"{spread[1]:.0%}")
+    report(
+        "Dropout in frozen parts. Spread of one pair's loss, with no dropout asked for",
+        f"{spread[0]:.0%}",
+        f"{spread[1]:.0%}",
+    )
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="needs a CPU with avx512_bf16")
@@ -144,5 +160,8 @@ def test_nf4_repacked_on_the_cpu(t5_base, small_data, build, report):
         gradients.append(again.learner.gradient)
     errors = [((found - exact).norm() / exact.norm()).item() for found in gradients]
     assert errors[0] > 0.05 and errors[1] == 0
-    report("NF4 repacked on a CPU with avx512_bf16. Error of a T5's gradient after a held-out pass",
-           f"{errors[0]:.0%}", f"{errors[1]:.0%}")
+    report(
+        "NF4 repacked on a CPU with avx512_bf16. Error of a T5's gradient after a held-out pass",
+        f"{errors[0]:.0%}",
+        f"{errors[1]:.0%}",
+    )

@@ -36,11 +36,19 @@ def finish(folder: Path, *words: str, **settings) -> SimpleNamespace:
     assert re.findall(r"^to look at: +(.+)$", output, re.M) == remarks
     assert re.findall(r"^To look at: (.+)\.$", card, re.M) == remarks
     return SimpleNamespace(
-        out=folder, output=output, record=record, results=record["results"], remarks=remarks,
-        shown=dict(re.findall(r"^(\w+): +(.+)$", output, re.M)), card=card,
-        metrics=read_table(folder / "metrics.csv"), captioned=read_table(folder / "held_out.csv"),
-        pairs=pairs, train=[row for row in pairs if row["split"] == "train"],
-        held_out=[row for row in pairs if row["split"] == "held out"])
+        out=folder,
+        output=output,
+        record=record,
+        results=record["results"],
+        remarks=remarks,
+        shown=dict(re.findall(r"^(\w+): +(.+)$", output, re.M)),
+        card=card,
+        metrics=read_table(folder / "metrics.csv"),
+        captioned=read_table(folder / "held_out.csv"),
+        pairs=pairs,
+        train=[row for row in pairs if row["split"] == "train"],
+        held_out=[row for row in pairs if row["split"] == "held out"],
+    )
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -74,9 +82,17 @@ def ran(tmp_path_factory, sample, opt_base):
     (data / "pictures/01.png").write_bytes(b"no picture")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune, "MAX_CAPTIONED", 5)
-        run = finish(root / "out", TRAIN_DIR=data, MODEL_ID=opt_base, EPOCHS=3, BATCH_SIZE=5,
-                     VALIDATION_FRACTION=0.3, LEARNING_RATE=3e-3, SAMPLE_COUNT=200,
-                     LOG_WITH="tensorboard")
+        run = finish(
+            root / "out",
+            TRAIN_DIR=data,
+            MODEL_ID=opt_base,
+            EPOCHS=3,
+            BATCH_SIZE=5,
+            VALIDATION_FRACTION=0.3,
+            LEARNING_RATE=3e-3,
+            SAMPLE_COUNT=200,
+            LOG_WITH="tensorboard",
+        )
     run.data = data
     return run
 
@@ -88,7 +104,8 @@ def test_pairs_csv_has_every_pair_once_highest_loss_first(ran):
         assert losses == sorted(losses, reverse=True) and len(set(losses)) > 5
     pairs = finetune.find_pairs(str(ran.data), finetune.Findings())
     assert sorted((row["picture"], row["caption"]) for row in ran.pairs) == [
-        tuple(pair) for pair in pairs if not pair.picture.endswith("01.png")]
+        tuple(pair) for pair in pairs if not pair.picture.endswith("01.png")
+    ]
     said = ran.output.partition("highest losses")[2].splitlines()[1:7]
     for line, row in zip(said, ran.train[:3] + ran.held_out[:3], strict=True):
         assert f"{row['split']}, {row['picture']}: {row['caption']}" in line
@@ -96,9 +113,17 @@ def test_pairs_csv_has_every_pair_once_highest_loss_first(ran):
 
 def test_losses_of_pairs_are_those_of_plain_transformers(sample, opt_base, tmp_path):
     """Of a model that stays as it is; how those of one that learns are averaged is below."""
-    run = finish(tmp_path / "out", TRAIN_DIR=write_several(tmp_path / "data", sample, 8),
-                 MODEL_ID=opt_base, LOAD_IN_4BIT=False, LORA_DROPOUT=0, LEARNING_RATE=1e-9,
-                 EPOCHS=3, BATCH_SIZE=5, VALIDATION_FRACTION=0.3)
+    run = finish(
+        tmp_path / "out",
+        TRAIN_DIR=write_several(tmp_path / "data", sample, 8),
+        MODEL_ID=opt_base,
+        LOAD_IN_4BIT=False,
+        LORA_DROPOUT=0,
+        LEARNING_RATE=1e-9,
+        EPOCHS=3,
+        BATCH_SIZE=5,
+        VALIDATION_FRACTION=0.3,
+    )
     assert len({row["loss"] for row in run.train}) > 12
     plain_loss(run, opt_base, run.train)
     shown = run.results["held_out_loss"]["after"]
@@ -111,8 +136,14 @@ def test_pictures_in_the_wrong_folder_are_among_the_first(sample, small_data, op
     for folder in (data, small_data):
         right, wrong = sorted((folder / "Image").iterdir())[:2]
         sorted(right.iterdir())[1].rename(wrong / "moved.png")
-    run = finish(tmp_path / "out", TRAIN_DIR=data, VALIDATION_DIR=small_data, MODEL_ID=opt_base,
-                 LEARNING_RATE=3e-3, EPOCHS=5)
+    run = finish(
+        tmp_path / "out",
+        TRAIN_DIR=data,
+        VALIDATION_DIR=small_data,
+        MODEL_ID=opt_base,
+        LEARNING_RATE=3e-3,
+        EPOCHS=5,
+    )
     for rows in (run.train, run.held_out):
         assert "moved.png" in [Path(row["picture"]).name for row in rows[:3]]
 
@@ -168,8 +199,10 @@ def test_skipped_csv_and_settings_json(ran, tmp_path):
     assert (ran.record["dtype"], ran.record["device"]) == ("float32", "cpu")
     assert ran.record["versions"]["torch"] == torch.__version__
     settings = ran.record["settings"] | {"OUTPUT_DIR": tmp_path / "again", "LOG_WITH": ""}
-    first, again = ((run.out / "adapter_model.safetensors").read_bytes()
-                    for run in (ran, finish(tmp_path / "again", **settings)))
+    first, again = (
+        (run.out / "adapter_model.safetensors").read_bytes()
+        for run in (ran, finish(tmp_path / "again", **settings))
+    )
     assert first == again
 
 
@@ -191,8 +224,16 @@ def test_a_worse_run_keeps_its_best_epoch_and_says_so(small_data, opt_base, monk
     data = shutil.copytree(small_data, tmp_path / "alike")
     for text in (data / "caption").iterdir():
         text.write_text("enamel pin")
-    run = finish(tmp_path / "out", TRAIN_DIR=data, VALIDATION_DIR=small_data, MODEL_ID=opt_base,
-                 LOAD_IN_4BIT=False, EPOCHS=6, BATCH_SIZE=2, LEARNING_RATE=1e-2)
+    run = finish(
+        tmp_path / "out",
+        TRAIN_DIR=data,
+        VALIDATION_DIR=small_data,
+        MODEL_ID=opt_base,
+        LOAD_IN_4BIT=False,
+        EPOCHS=6,
+        BATCH_SIZE=2,
+        LEARNING_RATE=1e-2,
+    )
     losses = [float(row["held_out_loss"]) for row in run.metrics if row["held_out_loss"]]
     assert run.results["held_out_loss"] == {"before": losses[0], "after": min(losses[1:])}
     assert losses[0] < min(losses[1:]) < losses[-1] - 0.1 and run.results["best_step"] < 36
@@ -201,8 +242,10 @@ def test_a_worse_run_keeps_its_best_epoch_and_says_so(small_data, opt_base, monk
     assert "the held-out loss is not below" in worse and "lower LEARNING_RATE" in worse
     assert "captions are alike: lower LEARNING_RATE" in alike and "held_out.csv" in alike
     assert plain_loss(run, opt_base, run.held_out) == pytest.approx(min(losses[1:]), abs=1e-4)
-    steps, pairs = ([float(row[name]) for row in rows] for name, rows in (
-        ("train_loss", run.metrics[1:]), ("loss", run.train)))  # all of the same length
+    steps, pairs = (
+        [float(row[name]) for row in rows]
+        for name, rows in (("train_loss", run.metrics[1:]), ("loss", run.train))
+    )  # all of the same length
     assert np.mean(pairs) == pytest.approx(np.mean(steps), abs=1e-4)
 
 
@@ -211,8 +254,14 @@ def test_a_worse_run_keeps_its_best_epoch_and_says_so(small_data, opt_base, monk
     (0.1, ["cider_d"], ["CIDEr-D is '-': it needs two", "no held-out caption has changed: raise"]),
 ])  # fmt: skip
 def test_what_cannot_be_measured(fraction, unknown, said, small_data, opt_base, tmp_path):
-    run = finish(tmp_path / "out", TRAIN_DIR=small_data, MODEL_ID=opt_base, EPOCHS=2, BATCH_SIZE=4,
-                 VALIDATION_FRACTION=fraction)
+    run = finish(
+        tmp_path / "out",
+        TRAIN_DIR=small_data,
+        MODEL_ID=opt_base,
+        EPOCHS=2,
+        BATCH_SIZE=4,
+        VALIDATION_FRACTION=fraction,
+    )
     assert all(words in remark for words, remark in zip(said, run.remarks, strict=True))
     for name in unknown:
         assert run.results[name] == {"before": None, "after": None} and run.shown[name] == "-"
@@ -233,18 +282,32 @@ def draw(ran, monkeypatch, tmp_path):
 
     Returns its height, and the words beside the pictures as matplotlib's objects.
     """
+
     def make(rows: list[tuple], count: int) -> tuple[int, list]:
         shutil.copy(ran.out / "metrics.csv", tmp_path)
-        finetune.write_csv(tmp_path / "held_out.csv", [finetune.CaptionedPicture._fields, *(
-            (ran.data / f"pictures/{i % 24:02}.png" if i else "gone", json.dumps(texts), *more, 0.5)
-            for i, (texts, *more) in enumerate(rows))])
+        finetune.write_csv(
+            tmp_path / "held_out.csv",
+            [
+                finetune.CaptionedPicture._fields,
+                *(
+                    (
+                        ran.data / f"pictures/{i % 24:02}.png" if i else "gone",
+                        json.dumps(texts),
+                        *more,
+                        0.5,
+                    )
+                    for i, (texts, *more) in enumerate(rows)
+                ),
+            ],
+        )
         settings = ran.record["settings"] | {"SAMPLE_COUNT": count}
         finetune.draw_report(tmp_path, ran.record | {"settings": settings})
         return len(pixels(tmp_path / "report.png")), words
 
     words, real = [], Axes.text
-    monkeypatch.setattr(Axes, "text", lambda *arguments, **more: words.append(
-        real(*arguments, **more)) or words[-1])
+    monkeypatch.setattr(
+        Axes, "text", lambda *arguments, **more: words.append(real(*arguments, **more)) or words[-1]
+    )
     return make
 
 
@@ -262,8 +325,10 @@ def test_odd_captions_in_the_report(draw, ran):
 
     Right captions, equal to any of their picture's, are green, and wrong ones red.
     """
-    rows = [(["a moon", text], text, text if number % 3 else f"{text} too")
-            for number, text in enumerate(ODD)]
+    rows = [
+        (["a moon", text], text, text if number % 3 else f"{text} too")
+        for number, text in enumerate(ODD)
+    ]
     height, drawn = draw(rows, 12)
     assert height == 400 + 180 * 6 and len(drawn) == 3 * 12
     losses, *places = drawn[0].figure.axes
@@ -274,8 +339,11 @@ def test_odd_captions_in_the_report(draw, ran):
     for number, (references, before, after) in enumerate(rows):
         lowest, right, three = math.inf, (650, 1300)[number % 2], drawn[3 * number :][:3]
         mark, color = ("✓", "tab:green") if number % 3 else ("✗", "tab:red")
-        lines = {f"caption: {' / '.join(references)}": "black", f"before: {before}": "gray",
-                 f"{mark} after: {after}": color}
+        lines = {
+            f"caption: {' / '.join(references)}": "black",
+            f"before: {before}": "gray",
+            f"{mark} after: {after}": color,
+        }
         for (line, color), said in zip(lines.items(), three, strict=True):
             shown, whole = (re.sub(r"\s", "", some) for some in (said.get_text(), line))
             shown = shown.removesuffix("...")
@@ -295,8 +363,10 @@ def test_so_many_samples_in_the_report(count, rows, shown, draw):
     assert rows < 200 or int(captions[-1].split()[-1]) > 180  # spread over all of them
 
 
-@pytest.mark.parametrize("page, broken", [
-    ("report.png", "matplotlib.figure.Figure.savefig"), ("README.md", "finetune.write_card")])
+@pytest.mark.parametrize(
+    "page, broken",
+    [("report.png", "matplotlib.figure.Figure.savefig"), ("README.md", "finetune.write_card")],
+)
 def test_a_page_that_fails(page, broken, small_data, command, opt_base, monkeypatch, tmp_path):
     """The adapter is there, a sentence is said, and the same command makes the page."""
     flags = {"TRAIN_DIR": small_data, "MODEL_ID": opt_base, "EPOCHS": 1, "SAMPLE_COUNT": 1}
@@ -323,7 +393,7 @@ def test_the_card_can_be_read_and_says_what_was_measured(ran, tmp_path):
     for name in (*MEASURES, "training_pairs", "held_out_pairs", "steps", "best_step"):
         assert rows[name.replace("_", " ")] == ran.shown[name]
     base = "Salesforce/blip2-opt-2.7b"
-    settings = ran.record["settings"] | {"MODEL_ID": base, "OUTPUT_DIR": "a/b: c's \"d\""}
+    settings = ran.record["settings"] | {"MODEL_ID": base, "OUTPUT_DIR": 'a/b: c\'s "d"'}
     finetune.write_card(tmp_path, ran.record | {"settings": settings})
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == base and f"`{base}`" in card.text

@@ -27,7 +27,8 @@ def step(built, micro_batch: int = 100) -> tuple[float, dict[str, torch.Tensor]]
     losses = built.learner.backward(rows, tokens, micro_batch)
     parts = built.learner.gradient.clone().split([w.numel() for w in weights.values()])
     return losses.sum().item() / tokens, {
-        name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
+        name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)
+    }
 
 
 def assert_close(found: dict, expected: dict, tolerance: float) -> None:
@@ -35,8 +36,6 @@ def assert_close(found: dict, expected: dict, tolerance: float) -> None:
     for name, reference in expected.items():
         assert reference.norm() > 0
         assert (found[name] - reference).norm() <= tolerance * reference.norm(), name
-
-
 
 
 # ---- An independent oracle ----------------------------------------------------------------------
@@ -76,8 +75,9 @@ def oracle(folder: str, pairs, prompt: str, limit: int, lora: dict[str, torch.Te
         given = torch.cat([image, embed(torch.tensor([tokenizer(prompt)["input_ids"]]))], dim=1)
         if is_t5:
             start = torch.tensor([config.decoder_start_token_id])
-            output = model.language_model(inputs_embeds=given,
-                                          decoder_input_ids=torch.cat([start, words])[None])
+            output = model.language_model(
+                inputs_embeds=given, decoder_input_ids=torch.cat([start, words])[None]
+            )
         else:
             whole = torch.cat([given, embed(words)[None]], dim=1)
             output = model.language_model(inputs_embeds=whole)
@@ -94,8 +94,12 @@ def copy_of_2023(base: str, folder: Path) -> Path:
     for name, change in (
         ("config.json", lambda content: content.pop("image_token_index")),
         ("processor_config.json", lambda content: content.pop("num_query_tokens")),
-        ("tokenizer.json", lambda content: content["added_tokens"].remove(next(
-            token for token in content["added_tokens"] if token["content"] == "<image>"))),
+        (
+            "tokenizer.json",
+            lambda content: content["added_tokens"].remove(
+                next(token for token in content["added_tokens"] if token["content"] == "<image>")
+            ),
+        ),
     ):
         content = json.loads((folder / name).read_text())
         change(content)
@@ -113,10 +117,17 @@ def test_a_step_equals_the_oracle(
     texts = sorted((small_data / "caption").iterdir())
     texts[0].write_text("one star")  # unequal lengths: padding
     texts[1].write_text("emerald </s> disc <image>")  # words, not tokens
-    built = build(copy_of_2023(any_base, tmp_path / "old") if old else any_base, small_data,
-                  PROMPT=prompt, LORA_TARGETS=targets, MAX_CAPTION_TOKENS=limit)
+    built = build(
+        copy_of_2023(any_base, tmp_path / "old") if old else any_base,
+        small_data,
+        PROMPT=prompt,
+        LORA_TARGETS=targets,
+        MAX_CAPTION_TOKENS=limit,
+    )
     loss, found = step(built)
-    expected_loss, expected = oracle(any_base, built.pairs, prompt, limit, built.learner.adapter_weights)
+    expected_loss, expected = oracle(
+        any_base, built.pairs, prompt, limit, built.learner.adapter_weights
+    )
     assert math.isclose(loss, expected_loss, rel_tol=1e-5)
     assert_close(found, expected, 1e-5)
     for micro_batch in (5, 1):  # however it is split
@@ -177,8 +188,9 @@ def test_the_loop_is_adamw_with_clipping_decay_and_rates(most, opt_base, small_d
     built, seen = build(opt_base, small_data, WEIGHT_DECAY=0.5), []
     real = built.captioner.losses
     built.captioner.losses = lambda batch: seen.append(batch) or real(batch)
-    now = train(built, EPOCHS=2, BATCH_SIZE=5, LEARNING_RATE=0.01, MAX_GRAD_NORM=most,
-                WARMUP_FRACTION=0.4)
+    now = train(
+        built, EPOCHS=2, BATCH_SIZE=5, LEARNING_RATE=0.01, MAX_GRAD_NORM=most, WARMUP_FRACTION=0.4
+    )
     lengths = [batch.owners.bincount().tolist() for batch in seen]
     assert [len(some) for some in lengths] == [5, 5, 2] * 2
     assert all(some == sorted(some, reverse=True) for some in lengths)
@@ -209,8 +221,9 @@ def test_only_lora_in_the_language_model_trains_and_only_its_dropout_drops(
     now = dict(built.adapter.named_parameters())
     before = {name: weight.clone() for name, weight in now.items() if ".lora_" in name}
     real, modules = built.captioner.losses, dict(built.adapter.named_modules())
-    built.captioner.losses = lambda rows: modes.append(
-        [name for name in modules if modules[name].training]) or real(rows)
+    built.captioner.losses = lambda rows: (
+        modes.append([name for name in modules if modules[name].training]) or real(rows)
+    )
     train(built, held_out=built.dataset, EPOCHS=1, LEARNING_RATE=0.01)
     assert modes[0] and all(".lora_dropout" in name for name in modes[0])
     assert modes[-1] == []  # the held-out loss
@@ -225,8 +238,10 @@ def test_nf4_is_the_language_model_without_its_head_and_trains_as_the_dequantize
     any_base, small_data, build
 ):
     """Also after a held-out pass."""
-    built, full = (build(any_base, small_data, LORA_TARGETS="all-linear", LOAD_IN_4BIT=in_4bit)
-                   for in_4bit in (True, False))
+    built, full = (
+        build(any_base, small_data, LORA_TARGETS="all-linear", LOAD_IN_4BIT=in_4bit)
+        for in_4bit in (True, False)
+    )
     loss, found = step(built)
     with torch.no_grad():
         built.captioner.losses(built.captioner.row_builder.collate_fn(rows_of(built)))
