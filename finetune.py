@@ -486,7 +486,7 @@ def check_paths(settings: argparse.Namespace) -> list[str]:
 
 def check_tracker(tracker: str) -> list[str]:
     """A sentence if the package of LOG_WITH is not installed."""
-    if not tracker or tracker in get_available_trackers():
+    if not tracker or tracker in [str(installed) for installed in get_available_trackers()]:
         return []
     package = tracker.replace("_", "-")
     return [f"LOG_WITH is {tracker!r}, whose package is not installed: pip install {package}."]
@@ -569,7 +569,7 @@ def print_notes(findings: Findings, name_files: bool) -> None:
             findings.not_pictures,
             "file is not a picture, by its extension",
             "files are not pictures, by their extension",
-            "They are left alone.",
+            "Nothing is done with that.",
         ),
         (
             findings.one_colour,
@@ -1843,8 +1843,12 @@ class Captioner:
 
 LOADING_REMEDY = f"{MEMORY_REMEDY}, set LOAD_IN_4BIT, or use a smaller MODEL_ID."
 OLD_DRIVER_REMEDY = (
-    'For a driver of CUDA 12, install an older PyTorch: pip install "torch<2.11". For a GPU before '
-    "compute capability 7.0, see PyTorch's own page of builds"
+    "Install a driver of version 580 or newer, or a PyTorch for older ones: "
+    'pip install "torch<2.11"'
+)
+NO_KERNELS_REMEDY = (
+    'Install an older PyTorch: pip install "torch<2.11" for compute capability 7.0 (V100); for an '
+    "older GPU, see PyTorch's own page of builds"
 )
 
 
@@ -1881,7 +1885,11 @@ def choose_device(
             device = gpu
         except (AssertionError, RuntimeError) as error:  # PyTorch says why there is none
             reason = f"no GPU: {str(error).splitlines()[0].rstrip('.')}"
-            remedy = OLD_DRIVER_REMEDY if "driver" in reason else "Install a PyTorch with CUDA"
+            remedy = "Install a PyTorch with CUDA"
+            if "too old" in reason:
+                remedy = OLD_DRIVER_REMEDY
+            elif "driver" in reason:
+                remedy = "Install NVIDIA's driver"
             if name != "auto" or parameters > MAX_CPU_PARAMETERS:
                 raise UserError(
                     f"DEVICE is {name!r}, but there is {reason}. {remedy}, or give --device cpu, "
@@ -1895,7 +1903,7 @@ def choose_device(
         if torch.version.hip is None and not has_kernels(major, minor, architectures):
             raise UserError(
                 f"this PyTorch is compiled for {architectures}, and not for the GPU ({reason}). "
-                f"{OLD_DRIVER_REMEDY}, or give --device cpu."
+                f"{NO_KERNELS_REMEDY}, or give --device cpu."
             )
 
     if dtype == "auto":
@@ -2070,8 +2078,10 @@ def explain_loading_error(model_id: str, error: Exception) -> str:
     """Why a model can't be loaded, in the words of what failed, and what to do."""
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     sentence = f"can't load MODEL_ID {model_id!r}: {reason}."
-    if "driver" in reason or "no kernel image" in reason:
+    if "driver version is insufficient" in reason or "driver on your system is too old" in reason:
         return f"{sentence} {OLD_DRIVER_REMEDY}, or give --device cpu."
+    if "no kernel image" in reason:
+        return f"{sentence} {NO_KERNELS_REMEDY}, or give --device cpu."
     if "bitsandbytes" in reason:
         return f"{sentence} Install one for this CUDA: pip install --upgrade bitsandbytes."
     if not isinstance(error, OSError) or os.path.isdir(model_id):
@@ -2097,7 +2107,8 @@ def load_captioner(settings: argparse.Namespace) -> Captioner:
         raise
     except Exception as error:  # the libraries raise many kinds
         if is_out_of_memory(error):
-            raise UserError(f"the model needs more memory: {error}. {LOADING_REMEDY}") from error
+            reason = str(error).rstrip(".")
+            raise UserError(f"{reason}, while the model was loaded. {LOADING_REMEDY}") from error
         raise UserError(explain_loading_error(settings.MODEL_ID, error)) from error
     print(f"memory: {model.get_memory_footprint() / 1e9:.3g} GB for the weights")
 
@@ -3819,17 +3830,14 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
     write_whole(folder / "README.md", card.encode(errors="surrogateescape"))
 
 
-PAGES = {  # in this order, as the page shows the losses
-    "losses.png": draw_losses,
-    "report.html": write_report,
-    "README.md": write_card,
-}
+PAGES = ("losses.png", "report.html", "README.md")
 
 
 def make_missing_pages(folder: Path, record: dict[str, Any]) -> int:
     """The pages that are not in the folder. Returns the exit code: 1 if one can't be made."""
     code = 0
-    for name, make in PAGES.items():
+    makers = (draw_losses, write_report, write_card)  # in this order: the page shows the losses
+    for name, make in zip(PAGES, makers, strict=True):
         try:
             if not (folder / name).exists():
                 make(folder, record)

@@ -215,7 +215,7 @@ class PlainLoop:
     def step(self, indices: Sequence[int]) -> float:
         """An optimizer step on these pairs; their loss per token."""
         config = self.captioner.model.config
-        tokenizer = self.captioner.tokenizer
+        tokenizer = self.captioner.row_builder
         given = [config.image_token_index] * config.num_query_tokens + tokenizer.prompt_ids
         longest = max(len(self.learned[i]) for i in indices)
         ids = []

@@ -60,7 +60,7 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash.get(MISTAKES, [])
     if not rows:
         return
-    for row in [("in the usual recipes", "there", "here"), *rows]:
+    for row in [("mistake", "usual recipe", "finetune.py"), *rows]:
         terminalreporter.write_line("| " + " | ".join(row) + " |")
 
 
@@ -120,6 +120,7 @@ def t5_base(opt_base, tmp_path_factory) -> str:
     # Written by hand: transformers would tie the head to the embedding, and not save it.
     torch.manual_seed(1)
     model = Blip2ForConditionalGeneration(Blip2Config.from_pretrained(folder))
+    model.bfloat16().float()  # rounded, so that a model has the same 4-bit weights in every dtype
     weights = model.state_dict()
     embedding = weights["language_model.shared.weight"]
     weights["language_model.lm_head.weight"] = 0.1 * torch.randn_like(embedding)
@@ -165,6 +166,7 @@ def small_data(tmp_path, sample) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_device_of_an_earlier_test():
+    """On a machine with a GPU, a test on the CPU may follow one on the GPU."""
     yield
     forget_the_device()
 

@@ -1,5 +1,8 @@
-"""What several test files share: files and folders, reading what the script says, plain models,
-and the command line in a child process to which things happen."""
+"""What several test files share.
+
+Files to try the script on, reading what it says, plain models to compare it with, and the command
+line in a child process at which things happen.
+"""
 
 import builtins
 import csv
@@ -100,12 +103,12 @@ def write_several(folder: Path, sample: Path, count: int) -> Path:
     for number, picture in enumerate(finetune.spread(sorted(sample.glob("Image/*/*.png")), count)):
         name = f"pictures/{number:02}.png"
         shutil.copy(picture, folder / name)
-        shape, colour, _, ground = picture.parent.name.split("-")  # such as star-red-on-purple
+        shape, color, _, ground = picture.parent.name.split("-")  # such as star-red-on-purple
         captions = [
-            f"{colour} {shape}",
-            f"{colour} disc over {ground}",
-            f"a {shape}, {colour}",
-            f"a {ground} background with a {colour} {shape}",
+            f"{color} {shape}",
+            f"{color} disc over {ground}",
+            f"a {shape}, {color}",
+            f"a {ground} background with a {color} {shape}",
             f"ein «{shape}»",
         ]
         for caption in captions[: 3 + number % 3]:
@@ -114,6 +117,8 @@ def write_several(folder: Path, sample: Path, count: int) -> Path:
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
+
+# ---- Odd files ----------------------------------------------------------------------------------
 
 LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 61\n"
 ODD_NAMES = {  # names of files, and how they are printed: one line, and no control characters
@@ -138,9 +143,6 @@ ODD_NAMES = {  # names of files, and how they are printed: one line, and no cont
     "می\u200cخواهم": "می\u200cخواهم",  # this joiner is needed
     "👩\u200d👩\u200d👧": "👩\u200d👩\u200d👧",  # these too
 }
-CONTROL_CHARACTERS = (
-    r"[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
 
 
 # ---- Pictures -----------------------------------------------------------------------------------
@@ -237,6 +239,10 @@ def read_quadrants(path: Path, side: int = 32) -> np.ndarray:
 
 # ---- What the script writes and says ------------------------------------------------------------
 
+CONTROL_CHARACTERS = (
+    r"[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file, each by the names in its header."""
@@ -267,6 +273,15 @@ def read_listing(output: str, folder: Path) -> tuple[list[tuple[str, str]], dict
     return sorted(pairs), skipped
 
 
+def read_captions(output: str) -> dict[str, tuple[str, float]]:
+    """What --caption prints: the caption and the confidence of each picture."""
+    captions = {}
+    for line in output.splitlines():
+        picture, caption, confidence = line.split("\t")
+        captions[picture] = (caption, float(confidence))
+    return captions
+
+
 def assert_no_control_characters(text: str) -> None:
     """Nothing but line ends moves the cursor, changes colors or the direction of writing."""
     assert not re.search(CONTROL_CHARACTERS, text)
@@ -294,6 +309,9 @@ def assert_reasons(skipped: dict[str, str], expected: dict[str, str | tuple[str,
     assert reasons.keys() == expected.keys()
     for path, words in expected.items():
         assert_words(reasons[path], words)
+
+
+# ---- Folders as people have them, and what --check says of them ---------------------------------
 
 
 class Case(NamedTuple):
@@ -330,15 +348,6 @@ def assert_case(case: Case, result: SimpleNamespace) -> None:
         lines = [line for line in result.out.splitlines() if "\t" not in line]
         matching = [line for line in lines if all(words in line for words in case.says)]
         assert len(matching) == 1, lines
-
-
-def read_captions(output: str) -> dict[str, tuple[str, float]]:
-    """What --caption prints: the caption and the confidence of each picture."""
-    captions = {}
-    for line in output.splitlines():
-        picture, caption, confidence = line.split("\t")
-        captions[picture] = (caption, float(confidence))
-    return captions
 
 
 # ---- The parts of a run, and plain models to compare them with ----------------------------------

@@ -6,34 +6,89 @@ from transformers import AutoTokenizer, Blip2Config
 
 import finetune
 
-FEATURES = torch.arange(4 * 8.0).view(4, 8)  # of a picture: four query tokens
-CAPTIONS = ["a red circle", "a"]
+QUERY_TOKENS = 8  # as the tiny base
+MAX_TOKENS = 2
+FEATURES = torch.arange(QUERY_TOKENS * 8.0).view(QUERY_TOKENS, 8)  # of a picture
+LONG = finetune.Example(FEATURES, "a red circle")  # it is cut at MAX_TOKENS
+SHORT = finetune.Example(FEATURES, "a")
 
 
-@pytest.fixture
-def tokenizer(any_base) -> finetune.RowBuilder:
-    config = Blip2Config.from_pretrained(any_base)
-    return finetune.RowBuilder(AutoTokenizer.from_pretrained(any_base), config, "on", 2)
+def make_tokenizer(base: str) -> finetune.RowBuilder:
+    config = Blip2Config.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return finetune.RowBuilder(tokenizer, config, prompt="on", max_tokens=MAX_TOKENS)
 
 
-def test_collate_fn(tokenizer):
-    """Captions are cut at two tokens, and end with the stop token."""
-    batch = tokenizer.collate_fn([finetune.Example(FEATURES, text) for text in CAPTIONS])
-    long, short = (tokenizer.label_ids(text) for text in CAPTIONS)
-    assert (len(long), len(short)) == (3, 2) and long[2] == short[1] == tokenizer.stop_id
-    prompt, pad = tokenizer.prompt_ids, tokenizer.pad_id
-    if tokenizer.is_t5:
-        start = tokenizer.start_id
-        assert batch.input_ids.tolist() == [prompt, prompt]
-        assert batch.decoder_input_ids.tolist() == [[start, *long[:2]], [start, *short]]
-        assert batch.positions.tolist() == [0, 1, 2, 3, 4]
-    else:
-        assert batch.input_ids.tolist() == [[*prompt, *long], [*prompt, *short, pad]]
-        assert batch.decoder_input_ids.shape == (2, 0)
-        length = 4 + len(prompt) + 3
-        first = 4 + len(prompt) - 1  # the last token of the prompt predicts the caption's first
-        assert batch.positions.tolist() == [
-            first, first + 1, first + 2, length + first, length + first + 1]  # fmt: skip
-    assert batch.targets.tolist() == long + short and batch.owners.tolist() == [0, 0, 0, 1, 1]
+def test_captions_are_cut_and_end_with_the_stop_token(any_base):
+    tokenizer = make_tokenizer(any_base)
+
+    long = tokenizer.label_ids(LONG.caption)
+    short = tokenizer.label_ids(SHORT.caption)
+
+    assert len(long) == MAX_TOKENS + 1
+    assert long[-1] == tokenizer.stop_id
+    assert len(short) == 2
+    assert short[-1] == tokenizer.stop_id
+
+
+def test_a_batch_has_the_targets_of_all_rows_and_no_padding_among_them(any_base):
+    tokenizer = make_tokenizer(any_base)
+
+    batch = tokenizer.collate_fn([LONG, SHORT])
+
+    long = tokenizer.label_ids(LONG.caption)
+    short = tokenizer.label_ids(SHORT.caption)
+    assert batch.targets.tolist() == long + short
+    assert batch.owners.tolist() == [0, 0, 0, 1, 1]
     assert torch.equal(batch.features, torch.stack([FEATURES, FEATURES]))
-    assert all(part.dtype == torch.long for part in batch[:-1])
+
+
+def test_all_integers_of_a_batch_are_long(any_base):
+    """They travel to the device in one vector."""
+    batch = make_tokenizer(any_base).collate_fn([LONG, SHORT])
+
+    *integers, _ = batch
+    assert {tensor.dtype for tensor in integers} == {torch.long}
+
+
+def test_for_opt_prompt_and_caption_are_one_text(opt_base):
+    tokenizer = make_tokenizer(opt_base)
+    prompt = tokenizer.prompt_ids
+    long = tokenizer.label_ids(LONG.caption)
+    short = tokenizer.label_ids(SHORT.caption)
+
+    batch = tokenizer.collate_fn([LONG, SHORT])
+
+    assert batch.input_ids.tolist() == [[*prompt, *long], [*prompt, *short, tokenizer.pad_id]]
+    assert batch.decoder_input_ids.shape == (2, 0)
+    row_length = QUERY_TOKENS + len(prompt) + len(long)
+    first = QUERY_TOKENS + len(prompt) - 1  # the prompt's last token predicts the caption's first
+    of_long = [first, first + 1, first + 2]
+    of_short = [row_length + first, row_length + first + 1]
+    assert batch.positions.tolist() == of_long + of_short
+
+
+def test_for_t5_the_encoder_reads_the_prompt_and_the_decoder_the_caption(t5_base):
+    tokenizer = make_tokenizer(t5_base)
+    prompt = tokenizer.prompt_ids
+    start = tokenizer.start_id
+    long = tokenizer.label_ids(LONG.caption)
+    short = tokenizer.label_ids(SHORT.caption)
+
+    batch = tokenizer.collate_fn([LONG, SHORT])
+
+    assert batch.input_ids.tolist() == [prompt, prompt]
+    assert batch.decoder_input_ids.tolist() == [[start, *long[:2]], [start, *short]]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("prompt", ["on", ""])
+def test_a_space_is_between_prompt_and_caption_for_opt_alone(any_base, prompt):
+    config = Blip2Config.from_pretrained(any_base)
+    hf_tokenizer = AutoTokenizer.from_pretrained(any_base)
+    tokenizer = finetune.RowBuilder(hf_tokenizer, config, prompt, MAX_TOKENS)
+
+    ids = tokenizer.tokenize("red circle")
+
+    expected = " red circle" if prompt and not tokenizer.is_t5 else "red circle"
+    assert ids == hf_tokenizer(expected, add_special_tokens=False).input_ids

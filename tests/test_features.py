@@ -36,9 +36,8 @@ def run(command, small_data, tmp_path, monkeypatch):
         opened.clear()
         output = tmp_path / f"out{len(outputs)}"
         outputs.append(output)
-        code, _, error = command(
-            TRAIN_DIR=small_data, OUTPUT_DIR=output, EPOCHS=2, SAMPLE_COUNT=0, **settings
-        )
+        short = {"EPOCHS": 2, "MAX_CAPTION_TOKENS": 4, "SAMPLE_COUNT": 0}
+        code, _, error = command(TRAIN_DIR=small_data, OUTPUT_DIR=output, **short, **settings)
         assert code == 0, error
         adapter = (output / "adapter_model.safetensors").read_bytes()
         return SimpleNamespace(opened=sorted(opened), adapter=adapter)
@@ -69,14 +68,14 @@ def test_a_second_run_opens_no_picture_and_has_the_same_adapter(any_base, small_
     assert second.adapter == first.adapter
 
 
-def test_a_run_opens_only_pictures_that_are_new(any_base, small_data, run):
-    run(MODEL_ID=any_base)
+def test_a_run_opens_only_pictures_that_are_new(opt_base, small_data, run):
+    run(MODEL_ID=opt_base)
     picture = list_pictures(small_data)[0]
     new = [f"new{number}.png" for number in range(10)]
     for name in new:
         shutil.copy(picture, picture.with_name(name))
 
-    assert run(MODEL_ID=any_base).opened == new
+    assert run(MODEL_ID=opt_base).opened == new
 
 
 def test_a_run_opens_pictures_that_have_changed_and_uses_what_is_in_them(any_base, small_data, run):
@@ -123,7 +122,7 @@ def test_another_dtype_has_features_of_its_own(opt_base, run):
     run(MODEL_ID=opt_base)
 
     assert len(run(MODEL_ID=opt_base, DTYPE="bfloat16").opened) == PICTURES
-    assert run(MODEL_ID=opt_base).opened == []  # and the others are still there
+    assert run(MODEL_ID=opt_base).opened == []  # those of float32 are still there
 
 
 def test_another_vision_tower_has_features_of_its_own(opt_base, tmp_path, run):
@@ -132,7 +131,6 @@ def test_another_vision_tower_has_features_of_its_own(opt_base, tmp_path, run):
     change_a_weight(base, "vision_model.encoder.layers.1.mlp.fc1.bias")
 
     assert len(run(MODEL_ID=base).opened) == PICTURES
-    assert run(MODEL_ID=opt_base).opened == []
 
 
 def test_another_image_processor_has_features_of_its_own(opt_base, tmp_path, run):
@@ -144,7 +142,6 @@ def test_another_image_processor_has_features_of_its_own(opt_base, tmp_path, run
     path.write_text(json.dumps(config))
 
     assert len(run(MODEL_ID=base).opened) == PICTURES
-    assert run(MODEL_ID=opt_base).opened == []
 
 
 def test_another_language_model_has_the_same_features(opt_base, tmp_path, run):

@@ -107,7 +107,8 @@ def machine(monkeypatch):
         monkeypatch.setattr("torch.cuda.get_device_capability", get_capability)
         monkeypatch.setattr("torch.cuda.get_device_name", lambda index: name)
         monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ARCHITECTURES)
-        state = SimpleNamespace(num_processes=processes, local_process_index=rank)
+        gpu = torch.device("cuda", rank)
+        state = SimpleNamespace(num_processes=processes, device=gpu)
         monkeypatch.setattr(finetune, "PartialState", lambda *_, **__: state)
 
     return make

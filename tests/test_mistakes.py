@@ -1,4 +1,4 @@
-"""What goes wrong in the usual recipes, each reproduced with its number, beside finetune.py.
+"""What goes wrong in the usual recipes: each mistake with its number, next to finetune.py's.
 
 python -m pytest tests/test_mistakes.py     prints the table that is in the README
 """
@@ -16,152 +16,223 @@ from transformers import BitsAndBytesConfig, Blip2ForConditionalGeneration, Blip
 import finetune
 
 
-def plain_model(folder: str, in_4bit: bool = False) -> Blip2ForConditionalGeneration:
-    nf4 = BitsAndBytesConfig(**finetune.NF4, bnb_4bit_compute_dtype=torch.float32)
+def load_plain_model(folder: str, in_4bit: bool = False) -> Blip2ForConditionalGeneration:
+    quantization = None
+    if in_4bit:
+        quantization = BitsAndBytesConfig(**finetune.NF4, bnb_4bit_compute_dtype=torch.float32)
     return Blip2ForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=nf4 if in_4bit else None
+        folder, dtype=torch.float32, quantization_config=quantization
     )
 
 
-def usual_loss(model, pair: finetune.Pair, text: list[int] | None = None, ending=()):
-    """labels = input_ids: image tokens, BOS and caption, or `text`; then `ending`."""
+def prepare_inputs(model, pair: finetune.Pair) -> dict[str, torch.Tensor]:
+    """A row of picture and caption as the processor makes it: image tokens, BOS, caption."""
     processor = Blip2Processor.from_pretrained(model.name_or_path)
-    inputs = processor(images=Image.open(pair.picture), text=pair.caption, return_tensors="pt")
-    ids = torch.tensor([[*(text or inputs["input_ids"][0]), *ending]])
-    return model(pixel_values=inputs["pixel_values"], input_ids=ids, labels=ids).loss
+    picture = Image.open(pair.picture)
+    inputs = processor(images=picture, text=pair.caption, return_tensors="pt")
+    return {"pixel_values": inputs["pixel_values"], "input_ids": inputs["input_ids"]}
+
+
+def compute_usual_loss(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of the usual recipe: labels = input_ids."""
+    return model(**inputs, labels=inputs["input_ids"]).loss
 
 
 @torch.no_grad()
-def our_losses(built, *rows: finetune.Example) -> list[float]:
-    """Of each row, per token."""
-    text = built.captioner.tokenizer
-    losses = built.captioner.losses(text.collate_fn(rows)).tolist()
-    return [loss / len(text.label_ids(row.caption)) for loss, row in zip(losses, rows, strict=True)]
+def measure_our_losses(built, examples: list[finetune.Example]) -> list[float]:
+    """The loss of each example in one batch, per token."""
+    tokenizer = built.captioner.row_builder
+    losses = built.captioner.losses(tokenizer.collate_fn(examples)).tolist()
+    losses_per_token = []
+    for example, loss in zip(examples, losses, strict=True):
+        losses_per_token.append(loss / len(tokenizer.label_ids(example.caption)))
+    return losses_per_token
 
 
-def both(losses: list[float]) -> str:
+def format_losses(losses: list[float]) -> str:
     return ", ".join(f"{loss:.3f}" for loss in losses)
 
 
-def test_blind_to_the_picture(opt_base, small_data, build, report):
-    """The tokenizer on the caption alone: no image tokens, so nothing is put in their place."""
-    built, model = build(opt_base, small_data), plain_model(opt_base)
-    one, other = built.pairs[0], built.pairs[-1]
-    assert one.caption != other.caption
-    text = built.captioner.row_builder.tokenizer(one.caption)["input_ids"]
-    usual = [usual_loss(model, pair, text).item() for pair in (one, other)]
-    row, features = built.dataset[0], finetune.load_features(built.feature_files[other.picture])
-    ours = our_losses(built, row, row._replace(features=features))
-    assert usual[0] == usual[1] and ours[1] > 2 * ours[0]
+def test_without_image_tokens_the_model_is_blind(opt_base, small_data, build, report):
+    """The usual recipe tokenizes the caption alone, so that the picture has no place in the row."""
+    built = build(opt_base, small_data)
+    own = built.pairs[0]
+    other = built.pairs[-1]
+    assert own.caption != other.caption
+
+    model = load_plain_model(opt_base)
+    caption_ids = built.captioner.row_builder.tokenizer(own.caption)["input_ids"]
+    usual = []
+    for pair in (own, other):
+        inputs = prepare_inputs(model, pair)
+        inputs["input_ids"] = torch.tensor([caption_ids])
+        usual.append(compute_usual_loss(model, inputs).item())
+
+    example = built.dataset[0]
+    other_features = finetune.load_features(built.feature_files[other.picture])
+    with_other_picture = example._replace(features=other_features)
+    ours = measure_our_losses(built, [example, with_other_picture])
+
+    assert usual[0] == usual[1]
+    assert ours[1] > 2 * ours[0]
     report(
         "Blind: the caption is tokenized without image tokens. Loss with its own picture, and "
         "with another one",
-        both(usual),
-        both(ours),
+        format_losses(usual),
+        format_losses(ours),
     )
 
 
-def test_no_stop_token(opt_base, small_data, build, report):
-    """Captions shorter than those that the base writes: only a stop token can end them there."""
-    for text in (small_data / "caption").iterdir():
-        text.write_text(text.read_text().split(" over ")[0])
-    right = []
-    for usual in (True, False):
-        built = build(opt_base, small_data)
-        if usual:
-            real = built.captioner.row_builder.label_ids
-            built.captioner.row_builder.label_ids = lambda caption, real=real: real(caption)[:-1]
-        train(built, EPOCHS=40, LEARNING_RATE=3e-3)
-        captions = built.captioner.caption(torch.stack([row.features for row in rows_of(built)]))
-        pairs = [
-            (text, pair.caption) for (text, _), pair in zip(captions, built.pairs, strict=True)
-        ]
-        assert all(a.startswith(b) for a, b in pairs)  # the words are learned either way
-        right.append(sum(a == b for a, b in pairs))
-    assert right == [0, len(pairs)]
+def count_right_captions(built) -> int:
+    """How many captions are right after training; the others are right, and run on."""
+    train(built, EPOCHS=40, LEARNING_RATE=3e-3)
+    features = torch.stack([example.features for example in rows_of(built)])
+    right = 0
+    for caption, pair in zip(built.captioner.caption(features), built.pairs, strict=True):
+        assert caption.text.startswith(pair.caption)  # the words are learned in either case
+        if caption.text == pair.caption:
+            right += 1
+    return right
+
+
+def test_without_a_stop_token_captions_run_on(opt_base, small_data, build, report, monkeypatch):
+    """The captions are shorter than those of the base, so that only a stop token can end them."""
+    for file in (small_data / "caption").iterdir():
+        file.write_text(file.read_text().split(" over ")[0])
+    label_ids = finetune.RowBuilder.label_ids
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            finetune.RowBuilder,
+            "label_ids",
+            lambda tokenizer, caption: label_ids(tokenizer, caption)[:-1],
+        )
+        usual = count_right_captions(build(opt_base, small_data))
+    built = build(opt_base, small_data)
+    ours = count_right_captions(built)
+
+    count = len(built.pairs)
+    assert (usual, ours) == (0, count)
     report(
         "Run-on: no stop token among the labels. Captions that end where they should",
-        *(f"{count} of {len(pairs)}" for count in right),
+        f"{usual} of {count}",
+        f"{ours} of {count}",
     )
 
 
-def test_padding_scored(opt_base, small_data, build, report):
+def test_padding_in_the_labels_changes_the_loss(opt_base, small_data, build, report):
     """labels = input_ids, padding included, as in most notebooks."""
-    min((small_data / "caption").iterdir()).write_text("circle")
-    built, model, usual = build(opt_base, small_data), plain_model(opt_base), []
-    short, long = built.dataset[0], built.dataset[len(built.pairs) - 1]
-    text = built.captioner.tokenizer
-    missing = len(text.label_ids(long.caption)) - len(text.label_ids(short.caption))
-    for padding in ([], [text.pad_id] * missing):
-        ending = [text.stop_id, *padding]
-        usual.append(usual_loss(model, built.pairs[0], ending=ending).item())
-    ours = our_losses(built, short)[0], our_losses(built, short, long)[0]
-    assert missing > 3 and abs(usual[1] - usual[0]) > 0.5 and math.isclose(*ours, rel_tol=1e-5)
+    first_caption = min((small_data / "caption").iterdir())
+    first_caption.write_text("circle")
+    built = build(opt_base, small_data)
+    tokenizer = built.captioner.row_builder
+    examples = rows_of(built)
+    short = examples[0]
+    long = examples[-1]
+    short_length = len(tokenizer.label_ids(short.caption))
+    missing = len(tokenizer.label_ids(long.caption)) - short_length
+    assert missing > 3
+
+    model = load_plain_model(opt_base)
+    usual = []
+    for padding in ([], [tokenizer.pad_id] * missing):
+        inputs = prepare_inputs(model, built.pairs[0])
+        ids = inputs["input_ids"][0].tolist()
+        inputs["input_ids"] = torch.tensor([[*ids, tokenizer.stop_id, *padding]])
+        usual.append(compute_usual_loss(model, inputs).item())
+
+    [alone] = measure_our_losses(built, [short])
+    next_to_a_longer_one, _ = measure_our_losses(built, [short, long])
+
+    assert abs(usual[1] - usual[0]) > 0.5
+    assert math.isclose(alone, next_to_a_longer_one, rel_tol=1e-5)
     report(
-        "Padding scored. Loss of one short caption alone, and beside a longer one",
-        both(usual),
-        both(ours),
+        "Padding scored. Loss of one short caption alone, and next to a longer one",
+        format_losses(usual),
+        format_losses([alone, next_to_a_longer_one]),
     )
 
 
-def test_gradients_through_the_vision_tower(opt_base, small_data, build, report):
+def watch_frozen_layers(model) -> tuple[int, set]:
+    """The number of vision and Q-Former layers, and those that a backward pass will reach."""
+    reached = set()
+    layers = [*model.vision_model.encoder.layers, *model.qformer.encoder.layer]
+    for layer in layers:
+        layer.register_full_backward_hook(lambda module, *_: reached.add(module))
+    return len(layers), reached
+
+
+def test_the_backward_pass_leaves_out_the_vision_side(opt_base, small_data, build, report):
     """prepare_model_for_kbit_training makes the input of frozen layers ask for gradients."""
     built = build(opt_base, small_data, LOAD_IN_4BIT=True)
-    usual = prepare_model_for_kbit_training(plain_model(opt_base, in_4bit=True))
-    usual = get_peft_model(usual, LoraConfig(target_modules=finetune.LORA_PATTERNS["attention"]))
-    counts = []
-    for model in (usual.train(), built.captioner.model):
-        reached = set()
-        layers = [*model.vision_model.encoder.layers, *model.qformer.encoder.layer]
-        for layer in layers:
-            layer.register_full_backward_hook(lambda module, *_, seen=reached: seen.add(module))
-        if model is usual:
-            usual_loss(usual, built.pairs[0]).backward()
-        else:
-            built.learner.backward(rows_of(built), 1)
-        counts.append(len(reached))
-    assert counts == [len(layers), 0]
+
+    model = prepare_model_for_kbit_training(load_plain_model(opt_base, in_4bit=True))
+    config = LoraConfig(target_modules=finetune.LORA_PATTERNS["attention"])
+    model = get_peft_model(model, config).train()
+    count, usual = watch_frozen_layers(model)
+    compute_usual_loss(model, prepare_inputs(model, built.pairs[0])).backward()
+
+    _, ours = watch_frozen_layers(built.captioner.model)
+    built.learner.backward(rows_of(built), 1)
+
+    assert (len(usual), len(ours)) == (count, 0)
     report(
         "Backward pass through frozen vision and Q-Former layers, for nothing",
-        *(f"{count} of {len(layers)} layers" for count in counts),
+        f"{len(usual)} of {count} layers",
+        f"{len(ours)} of {count} layers",
     )
 
 
-def test_dropout_in_frozen_parts(opt_base, small_data, build, report):
+def measure_spread(losses: list[float]) -> float:
+    return (max(losses) - min(losses)) / min(losses)
+
+
+def test_dropout_in_frozen_parts_makes_the_loss_noisy(opt_base, small_data, build, report):
     """model.train() turns on the dropout of the frozen Q-Former and language model as well."""
-    built, model = build(opt_base, small_data), plain_model(opt_base).requires_grad_(False).train()
+    built = build(opt_base, small_data)
+    model = load_plain_model(opt_base).requires_grad_(False).train()
+    inputs = prepare_inputs(model, built.pairs[0])
+    example = built.dataset[0]
+
     torch.manual_seed(0)
-    usual = [usual_loss(model, built.pairs[0]).item() for _ in range(20)]
-    ours = [built.learner.backward([built.dataset[0]], 1).item() for _ in range(20)]
-    spread = [(max(losses) - min(losses)) / min(losses) for losses in (usual, ours)]
-    assert spread[0] > 0.05 and spread[1] == 0
+    usual = measure_spread([compute_usual_loss(model, inputs).item() for _ in range(20)])
+    ours = measure_spread([built.learner.backward([example], 1).item() for _ in range(20)])
+
+    assert usual > 0.05
+    assert ours == 0
     report(
         "Dropout in frozen parts. Spread of one pair's loss, with no dropout asked for",
-        f"{spread[0]:.0%}",
-        f"{spread[1]:.0%}",
+        f"{usual:.0%}",
+        f"{ours:.0%}",
     )
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="needs a CPU with avx512_bf16")
-def test_nf4_repacked_on_the_cpu(t5_base, small_data, build, report):
+def test_nf4_weights_stay_right_for_training_on_the_cpu(t5_base, small_data, build, report):
     """A held-out pass in eval mode repacks 4-bit weights in place, for inference only; silently."""
     built = build(t5_base, small_data, LOAD_IN_4BIT=True)
-    rows, gradients = rows_of(built), []
-    built.learner.backward(rows, 1)
-    exact = built.learner.gradient.clone()  # nothing has been repacked: a test shows that
-    for kernel in (True, False):
-        again = build(t5_base, small_data, LOAD_IN_4BIT=True)
-        for module in again.captioner.model.modules():
+    examples = rows_of(built)
+    built.learner.backward(examples, 1)  # before anything could have been repacked
+    exact = built.learner.gradient.clone()
+
+    def measure_error(repack: bool) -> float:
+        """Of the gradient after a held-out pass."""
+        built = build(t5_base, small_data, LOAD_IN_4BIT=True)
+        for module in built.captioner.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = kernel  # as bitsandbytes sets it, and as we do
-        with torch.no_grad():
-            again.captioner.losses(again.captioner.row_builder.collate_fn(rows))
-        again.learner.backward(rows, 1)
-        gradients.append(again.learner.gradient)
-    errors = [((found - exact).norm() / exact.norm()).item() for found in gradients]
-    assert errors[0] > 0.05 and errors[1] == 0
+                module.support_avx512bf16_for_cpu = repack
+        measure_our_losses(built, examples)
+        built.learner.backward(examples, 1)
+        difference = built.learner.gradient - exact
+        return (difference.norm() / exact.norm()).item()
+
+    usual = measure_error(repack=True)  # as bitsandbytes sets it
+    ours = measure_error(repack=False)  # as finetune.py does
+
+    assert usual > 0.05
+    assert ours == 0
     report(
         "NF4 repacked on a CPU with avx512_bf16. Error of a T5's gradient after a held-out pass",
-        f"{errors[0]:.0%}",
-        f"{errors[1]:.0%}",
+        f"{usual:.0%}",
+        f"{ours:.0%}",
     )
