@@ -178,7 +178,7 @@ class OurLoop:
         losses = self.learner.backward(examples, tokens)
         result = self.learner.add_up(losses, len(examples), False)
         self.learner.step(self.rate, result.norm, finetune.MAX_GRAD_NORM)
-        return sum(result.losses) / tokens
+        return sum(result.pair_losses) / tokens
 
 
 class PlainLoop:
