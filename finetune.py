@@ -188,7 +188,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM, heeded by all processes between two steps, when all is saved."""
+    """Ctrl-C or SIGTERM: all processes stop between two steps, after a checkpoint is saved."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
@@ -196,7 +196,7 @@ class Stopped(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator, cuBLAS, the CUDA runtime or its driver says so."""
+    """Whether the error means that memory ran out."""
     phrases = (
         "out of memory",
         "can't allocate memory",
@@ -533,7 +533,7 @@ class Skipped(NamedTuple):
 
 @dataclasses.dataclass
 class Findings:
-    """What is told about the data. All that reads data only appends to it."""
+    """What is reported about the data. Readers only append to it."""
 
     skipped: list[Skipped] = dataclasses.field(default_factory=list)  # what is not used
     joined: list[str] = dataclasses.field(default_factory=list)  # captions of several lines
@@ -557,7 +557,7 @@ def print_findings(findings: Findings, show_all: bool) -> None:
 
 
 def print_notes(findings: Findings, name_files: bool) -> None:
-    """Counts what is good to know about files that are used, or that nobody misses."""
+    """Counts what is good to know about files that are used, or that do not matter."""
     notes = (
         (
             findings.joined,
@@ -569,7 +569,7 @@ def print_notes(findings: Findings, name_files: bool) -> None:
             findings.not_pictures,
             "file is not a picture, by its extension",
             "files are not pictures, by their extension",
-            "Nothing is done with that.",
+            "Ignored.",
         ),
         (
             findings.one_colour,
@@ -599,7 +599,7 @@ def print_skipped(skipped: Iterable[Skipped], show_all: bool) -> None:
         print(f"  and {len(skipped) - len(named)} more; --check lists all")
 
 
-# ---- Files: what they are, and where they lie
+# ---- Files: what they are, and where they are
 
 
 WEB_PAGE = "is a web page (a failed download?); download the file again"
@@ -820,9 +820,10 @@ def list_possible_pictures(
 def match_names(
     captions: dict[str, list[str]], pictures: dict[str, list[str]], findings: Findings
 ) -> list[Pair]:
-    """A pair for each picture whose name has exactly one caption file, and that can be read.
+    """Pairs each picture with the caption file of the same name.
 
-    Both are paths of files by name.
+    `captions` and `pictures` map a name to the paths of its files. What has no partner, several
+    captions, or a caption that can't be read, goes to `findings`.
     """
     near_captions = NearNames(list_possible_captions(captions, pictures, findings))
     near_pictures = NearNames(list_possible_pictures(captions, pictures))
@@ -839,16 +840,18 @@ def match_names(
         elif not picture_files:
             reason = f"there is no picture with this name{near_pictures.describe(name)}"
         else:
-            caption, lines, reason = read_caption(caption_files[0])
-            if lines > 1:
+            caption_file = read_caption(caption_files[0])
+            caption = caption_file.caption
+            reason = caption_file.reason
+            if caption_file.lines > 1:
                 findings.joined.append(caption_files[0])
 
-        for path in picture_files:
-            if not reason:
-                pairs.append(Pair(path, caption))
         if reason:
             for path in caption_files + picture_files:
                 findings.skip(path, reason)
+        else:
+            for path in picture_files:
+                pairs.append(Pair(path, caption))
     return pairs
 
 
@@ -961,16 +964,16 @@ def read_rows(path: str) -> Iterator[TableRow]:
 
 
 def read_csv_rows(path: str, text: str) -> Iterator[TableRow]:
-    """Of a table in lines. The delimiter is the one that gives the header both columns."""
+    """The rows of a CSV file. The delimiter is the one that gives the header both columns."""
     first_line = text.lstrip().splitlines()[0]
     has_separator_line = first_line.lower().startswith("sep=")  # Excel's own
-    text = re.sub(r'(?<!")" +(?=[,;|\t\r\n])', '"', text)  # spaces after a cell's closing quote
+    without_spaces = re.sub(r'(?<!")" +(?=[,;|\t\r\n])', '"', text)  # after a closing quote
     widest_header: list[str] = []
     for delimiter in (",", ";", "\t", "|"):
         # Flickr30k's table has no quotes around its cells, and quotes in its captions.
         is_unquoted = delimiter == "|" and '"' not in first_line
         reader = csv.reader(
-            io.StringIO(text, newline=""),
+            io.StringIO(text if is_unquoted else without_spaces, newline=""),
             delimiter=delimiter,
             quoting=csv.QUOTE_NONE if is_unquoted else csv.QUOTE_MINIMAL,
             skipinitialspace=True,
@@ -1004,34 +1007,34 @@ def read_cells(
     while not header[width - 1].strip():  # spreadsheets write empty columns
         width -= 1
 
-    line = reader.line_num + 1  # where the next row starts
+    next_line = reader.line_num + 1  # where the next row starts, as an editor counts lines
     try:
         for row in reader:
+            line = next_line
+            next_line = reader.line_num + 1
+            if not any(cell.strip() for cell in row):
+                continue
             problem = ""
-            if len(row) > width and any(cell.strip() for cell in row[width:]):
+            if any(cell.strip() for cell in row[width:]):
                 problem = (
                     "it has more cells than the header; put quotes around a caption with commas"
                 )
             elif len(row) <= max(file_index, caption_index):
-                if not any(cell.strip() for cell in row):
-                    line = reader.line_num + 1
-                    continue
                 problem = f"it has {len(row)} cells, and the header {width}"
-                row += [""] * width
+                row = row + [""] * width  # so that both cells exist
             file_name = row[file_index].strip(BLANK)
             caption = row[caption_index].strip(BLANK)
-            if file_name or caption or problem:
+            if file_name or caption:
                 yield TableRow(f"line {line}", file_name, [caption], problem)
-            line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
-            f"{path!r} can't be read from line {line} on: {error}. Fix the quotes there (a quote "
-            "inside a quoted cell is written twice), or save the table again."
+            f"{path!r} can't be read from line {next_line} on: {error}. Fix the quotes there (inside "
+            "a quoted cell, a quote is written twice), or save the table again."
         ) from error
 
 
 def read_json(path: str, text: str) -> Iterator[TableRow]:
-    """Of a JSON array, of objects one after the other (JSON lines), or of COCO's captions."""
+    """The rows of a JSON array, of JSON lines, or of COCO's captions."""
     values = parse_values(path, text)
     first_place, first = next(values)
     if isinstance(first, dict) and "annotations" in first and "images" in first:
@@ -1043,7 +1046,7 @@ def read_json(path: str, text: str) -> Iterator[TableRow]:
 
 
 def parse_values(path: str, text: str) -> Iterator[tuple[str, Any]]:
-    """JSON values, each with its line. Commas between them are nothing. Raises UserError."""
+    """JSON values, each with its line. Commas between them are ignored. Raises UserError."""
     decoder = json.JSONDecoder()
     between = re.compile(r"[\s,]*")
     position = between.match(text).end()
@@ -1054,7 +1057,7 @@ def parse_values(path: str, text: str) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{path!r} can't be read from line {line} on: line {error.lineno} is not JSON "
-                f"({error.msg}). One object a line is wanted, or one array of objects."
+                f"({error.msg}). Write one object per line, or one array of objects."
             ) from error
         yield f"line {line}", value
         next_position = between.match(text, end).end()
@@ -1063,7 +1066,7 @@ def parse_values(path: str, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_objects(path: str, objects: Iterable[tuple[str, Any]]) -> Iterator[TableRow]:
-    """Of JSON objects, each with its place."""
+    """The rows of JSON objects, each with its place in the file."""
     is_first = True
     for place, item in objects:
         if not isinstance(item, dict):
@@ -1088,7 +1091,7 @@ def read_objects(path: str, objects: Iterable[tuple[str, Any]]) -> Iterator[Tabl
 
 
 def read_coco(path: str, content: dict[str, Any]) -> Iterator[TableRow]:
-    """Of the captions of COCO, whose pictures have numbers."""
+    """The rows of COCO's caption file, which names pictures by number."""
     names = {}
     annotations = content["annotations"]
     try:
@@ -1101,7 +1104,7 @@ def read_coco(path: str, content: dict[str, Any]) -> Iterator[TableRow]:
         raise UserError(f"{path!r} has no rows: no captions are in it. Download it again.")
     if not has_captions:
         raise UserError(
-            f"{path!r} looks like a file of COCO, but not like its captions: take the one called "
+            f"{path!r} looks like a file of COCO, but has no captions: take the one called "
             "captions_..."
         )
     for number, annotation in enumerate(annotations, 1):
@@ -1193,7 +1196,7 @@ def read_table(path: str, findings: Findings) -> list[Pair]:
                 place += f": {printable(str(row.file_name))}"
             findings.skip(place, reason)
     if not row_count:
-        raise UserError(f"{path!r} has a header, and no rows. Save the table again.")
+        raise UserError(f"{path!r} has no rows. Save the table again.")
 
     for key, file in finder.paths.items():
         if key in named:
@@ -1711,7 +1714,7 @@ class Captioner:
         return Batch(*sent, self.send(batch.features))
 
     def feature_shape(self) -> tuple[int, int]:
-        """Of one picture, as `encode` returns it."""
+        """The shape of one picture's features, see `encode`."""
         config = self.model.config
         if self.trains_qformer:
             vision = config.vision_config
@@ -1743,7 +1746,7 @@ class Captioner:
         return output[0].to(self.dtype)  # with float16, the Q-Former stays in float32
 
     def drop_vision_side(self) -> None:
-        """Frees the memory of what has done its work, when all pictures are encoded."""
+        """Frees the memory of the parts that are not needed once all pictures are encoded."""
         self.model.vision_model.to("meta")
         if not self.trains_qformer:
             self.model.qformer.to("meta")
@@ -1882,6 +1885,8 @@ def choose_device(
             gpu = state.device  # the one that accelerate chose for this process
         try:
             capability = torch.cuda.get_device_capability(gpu)
+            if gpu.index is None:
+                gpu = torch.device("cuda", torch.cuda.current_device())
             device = gpu
         except (AssertionError, RuntimeError) as error:  # PyTorch says why there is none
             reason = f"no GPU: {str(error).splitlines()[0].rstrip('.')}"
@@ -1933,6 +1938,10 @@ def check_model_folder(folder: str) -> None:
     if "config.json" not in names:
         raise ValueError("there is no config.json in it; download the whole model")
 
+    for file in sorted(path.iterdir()):
+        if file.is_file():
+            refuse_damaged_file(file)
+
     weights = {"model.safetensors"}
     index_path = path / "model.safetensors.index.json"
     if index_path.exists():
@@ -1951,9 +1960,6 @@ def check_model_folder(folder: str) -> None:
     if not names & {"preprocessor_config.json", "processor_config.json"}:
         raise ValueError("there is no preprocessor_config.json in it; download the whole model")
 
-    for file in sorted(path.iterdir()):
-        if file.is_file():
-            refuse_damaged_file(file)
     for name in sorted(weights):
         try:
             with safe_open(path / name, "pt"):
@@ -2031,7 +2037,7 @@ def read_processor(model_id: str, config: Blip2Config) -> Blip2Processor:
 def load_model(
     settings: argparse.Namespace,
 ) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
-    """BLIP-2 on its device, from safetensors and without foreign code.
+    """BLIP-2 on its device, from safetensors; never runs code from the model's repository.
 
     Raises UserError, ValueError and what the libraries raise.
     """
@@ -2187,7 +2193,7 @@ def hash_vision_side(captioner: Captioner) -> str:
 
 
 def make_feature_folder(train_dir: str, output: Path, vision_side: str) -> Path:
-    """In TRAIN_DIR/.features, or, where that can't be written, in OUTPUT_DIR.features."""
+    """Makes TRAIN_DIR/.features/<hash>, or, if it is read-only, OUTPUT_DIR.features/<hash>."""
     parent = Path(train_dir, ".features")
     if not os.access(parent if parent.exists() else train_dir, os.W_OK):
         parent = Path(f"{output}.features")
@@ -2197,7 +2203,7 @@ def make_feature_folder(train_dir: str, output: Path, vision_side: str) -> Path:
 
 
 def picture_key(path: str, root: str) -> str:
-    """By these a picture is the same in other runs: its relative path and its size in bytes."""
+    """Identifies a picture across runs: its relative path and its size in bytes."""
     name = relative(path, root)
     try:
         return f"{name} {os.stat(path).st_size}"
@@ -2289,8 +2295,11 @@ def encode_pictures(
     findings.one_colour += encoding.one_colour
     for path, _ in encoding.skipped:
         files.pop(path, None)
-    if not all(file.exists() for file in files.values()):
+    missing = [str(file) for file in files.values() if not file.exists()]
+    if missing and state.num_processes > 1:
         raise UserError(NOT_SHARED)
+    if missing:
+        raise UserError(f"{missing[0]!r} has disappeared. Run the same command again.")
     return files
 
 
@@ -2473,7 +2482,7 @@ def measure_losses(captioner: Captioner, dataset: ImageCaptioningDataset) -> tor
 
 
 def held_out_loss(captioner: Captioner, held_out: ImageCaptioningDataset) -> float:
-    """Per token; NaN with nothing held out."""
+    """The mean loss per token of the held-out pairs; NaN if there are none."""
     if not len(held_out):
         return math.nan
     return measure_losses(captioner, held_out).sum().item() / sum(held_out.token_counts)
@@ -2497,10 +2506,10 @@ class HardWords(NamedTuple):
 
 
 def average_by_word(tokenizer: Any, text: str, losses: list[float]) -> dict[str, float]:
-    """The mean loss of each word of a text, whose tokens have these losses."""
+    """The mean loss of each word of a text. `losses` are those of its tokens and the stop token."""
     encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
     losses_of = defaultdict(list)
-    for word_id, loss in zip(encoding.word_ids(), losses, strict=False):  # it may have been cut
+    for word_id, loss in zip(encoding.word_ids(), losses[:-1], strict=False):  # it may be cut
         start, end = encoding.word_to_chars(word_id)
         losses_of[text[start:end].strip()].append(loss)
     return {word: sum(losses) / len(losses) for word, losses in losses_of.items()}
@@ -2614,7 +2623,7 @@ def measure_captions(captions: list[str], references: list[list[str]]) -> dict[s
 
 
 class StepResult(NamedTuple):
-    """What all processes have found in a step."""
+    """The results of a step, over all processes."""
 
     pair_losses: list[float]  # summed over the tokens of each
     stop: bool  # at least one of them has been told to stop
@@ -2644,17 +2653,20 @@ class Learner:
 
         self.master = torch.cat([weight.detach().flatten().float() for weight in self.weights])
         self.gradient = torch.zeros_like(self.master)
-        self.parts = list(self.master.split([weight.numel() for weight in self.weights]))
-        for index, weight in enumerate(self.weights):
-            self.parts[index] = self.parts[index].view_as(weight)
-            weight.data = self.parts[index].to(captioner.dtype)  # in float32, the same memory
-        self.adapter_weights = dict(zip(trained, self.parts, strict=True))  # for PEFT to save
+        sizes = [weight.numel() for weight in self.weights]
+        self.views = []  # of `master`: one for each weight, in its shape
+        for weight, flat in zip(self.weights, self.master.split(sizes), strict=True):
+            view = flat.view_as(weight)
+            weight.data = view.to(captioner.dtype)  # in float32 this copies nothing: it is the view
+            self.views.append(view)
+        self.adapter_weights = dict(zip(trained, self.views, strict=True))  # for PEFT to save
 
         self.qformer_size = 0  # of `master`, how many weights are not the language model's
         for name, weight in trained.items():
             if ".language_model." not in name:
                 self.qformer_size += weight.numel()
         self.has_two_phases = captioner.trains_qformer and self.qformer_size < len(self.master)
+        # What AdamW updates: all of `master`, or two parts, of which a step can leave out one.
         self.optimized = [torch.nn.Parameter(self.master)]
         if self.has_two_phases:
             halves = self.master.tensor_split([self.qformer_size])
@@ -2693,7 +2705,7 @@ class Learner:
             return torch.zeros(0, device=self.captioner.device)
         return torch.cat(losses)
 
-    def add_up(
+    def sum_over_processes(
         self, own_losses: torch.Tensor, count: int, stop: bool, qformer_alone: bool = False
     ) -> StepResult:
         """The sums over all processes; `own_losses` are those of this one's share of `count` pairs.
@@ -2711,8 +2723,11 @@ class Learner:
 
         scale = self.scaler.scale(torch.ones_like(stop_flag))  # (1,), without waiting for it
         norm = self.gradient.norm() / scale
-        values = torch.cat([losses_and_stop, norm]).tolist()
-        return StepResult(pair_losses=values[:count], stop=values[count] > 0, norm=values[-1])
+        numbers = torch.cat([losses_and_stop, norm]).tolist()
+        processes_to_stop = numbers[count]
+        return StepResult(
+            pair_losses=numbers[:count], stop=processes_to_stop > 0, norm=numbers[count + 1]
+        )
 
     def step(self, rate: float, norm: float, max_norm: float, qformer_alone: bool = False) -> None:
         """A step of AdamW; GradScaler skips it if the norm is not finite, and lowers its scale."""
@@ -2732,7 +2747,7 @@ class Learner:
     @torch.no_grad()
     def copy_to_weights(self) -> None:
         """From `master`; in float32 they are the same memory."""
-        torch._foreach_copy_(self.weights, self.parts)
+        torch._foreach_copy_(self.weights, self.views)
 
     def set_master(self, master: torch.Tensor) -> None:
         self.master.copy_(master)
@@ -2790,7 +2805,8 @@ LATER_SETTINGS = {"START_FROM": ""}
 
 def complete_record(record: dict[str, Any]) -> dict[str, Any]:
     """With values for the settings that did not exist when it was written."""
-    return record | {"settings": default_settings() | LATER_SETTINGS | record["settings"]}
+    settings = default_settings() | LATER_SETTINGS | record["settings"]
+    return {"start": ""} | record | {"settings": settings}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -2865,7 +2881,7 @@ def list_facts(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def list_differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What makes this run another one than the earlier, of what is known now: a line for each."""
+    """How this run differs from an earlier one, in the facts known so far: a line each."""
     earlier_facts = list_facts(earlier)
     differences = []
     for name, value in list_facts(now).items():
@@ -2937,8 +2953,8 @@ class Run:
             return
         if (self.output / "settings.json").exists():
             raise UserError(
-                f"settings.json in OUTPUT_DIR {str(self.output)!r} is damaged, so that nobody can "
-                "say whether a run is in there. Name another folder, or move this one away."
+                f"settings.json in OUTPUT_DIR {str(self.output)!r} is damaged, so it is not "
+                "clear whether it holds a run. Name another folder, or move this one away."
             )
         raise UserError(
             f"OUTPUT_DIR {str(self.output)!r} holds files that are not from a run of this "
@@ -2950,7 +2966,7 @@ class Run:
         return not self.checkpoint_path.exists() and bool(read_record(self.folder).get("results"))
 
     def publish(self) -> None:
-        """Renames `folder` to OUTPUT_DIR; an earlier run there gets the date into its name."""
+        """Renames `folder` to OUTPUT_DIR; an earlier run there is renamed with the date."""
         if self.output.exists() and any(self.output.iterdir()):
             dated = f"{self.output}-{time.strftime('%Y-%m-%d')}"
             new_name = dated
@@ -2969,15 +2985,22 @@ class Run:
 
         Raises UserError where the checkpoint is damaged, or that of another run.
         """
-        if self.checkpoint_path.exists() and not restart:
+        if restart:
+            return
+        if self.checkpoint_path.exists():
             self.checkpoint = self.load_checkpoint()
             self.note()
-        elif restart:
-            self.is_finished = False
-        elif not self.is_finished:
-            finished = read_record(self.output)
-            if finished.get("results"):
-                self.is_finished = not list_differences(finished, self.record)
+            return
+        finished = read_record(self.output)
+        if self.record["settings"]["START_FROM"] and self.starts_from_output():
+            # What it started from has been renamed: that can't be compared any more.
+            finished["start"] = self.record["start"]
+        if finished.get("results"):
+            self.is_finished = not list_differences(finished, self.record)
+
+    def starts_from_output(self) -> bool:
+        """Whether START_FROM is OUTPUT_DIR itself."""
+        return os.path.realpath(self.record["settings"]["START_FROM"]) == str(self.output)
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Raises UserError where it is damaged, OSError."""
@@ -3063,7 +3086,6 @@ def open_run(settings: argparse.Namespace, data: Data) -> Iterator[Run]:
     record = {
         "settings": {name: getattr(settings, name) for name in SETTINGS},
         "data": hash_data(settings, data),
-        "start": hash_start(settings),
     }
     run = Run(output, folder, record, Tracking(accelerator), accelerator.is_main_process)
 
@@ -3072,23 +3094,23 @@ def open_run(settings: argparse.Namespace, data: Data) -> Iterator[Run]:
         output.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{output}.lock", timeout=0)
 
-    all_agree = False
+    no_process_failed = False
     try:
         with lock:
             if run.is_main:
                 run.refuse_foreign_files()
                 if run.is_complete():  # it was killed just before it was published
-                    run.is_finished = not list_differences(read_record(folder), record)
                     run.publish()
             accelerator.wait_for_everyone()
+            run.record["start"] = hash_start(settings)  # only now: it may just have been published
             yield run
-        all_agree = True
+        no_process_failed = True
     except Stopped:
-        all_agree = True
+        no_process_failed = True
         raise
     finally:
         run.tracking.close()
-        if all_agree:  # else it would wait for other processes, and they for this one
+        if no_process_failed:  # after a failure, the other processes would never come here
             accelerator.end_training()
 
 
@@ -3252,7 +3274,9 @@ def take_step(
         torch.manual_seed(plan.seed * state.num_processes + state.process_index)
         own_losses = learner.backward(examples, tokens)
         dataset.prefetch(share(plan.next_indices))  # while a GPU is busy
-        result = learner.add_up(own_losses, len(plan.indices), is_told_to_stop, plan.qformer_alone)
+        result = learner.sum_over_processes(
+            own_losses, len(plan.indices), is_told_to_stop, plan.qformer_alone
+        )
         refuse_not_finite(result, learner, plan.number + 1, pictures)
         learner.step(plan.rate, result.norm, max_norm, plan.qformer_alone)
         if math.isfinite(result.norm):
@@ -3362,7 +3386,8 @@ def train(
                 tqdm.write(describe_epoch(progress, settings.EPOCHS, train_loss))
                 progress.epoch_loss = 0.0
 
-            # A checkpoint, and the end, if a signal asked for it.
+            # A checkpoint, and the end, if a signal asked for it. Several processes agree on that
+            # in the sums of a step, so that all stop after the same one. A single one stops now.
             must_stop = result.stop or (is_alone and bool(signals))
             if epoch_ended or must_stop or time.monotonic() > saved + pause:
                 run.save(progress, learner)
@@ -3370,14 +3395,14 @@ def train(
             if must_stop:
                 stop_together(signals)
 
-        # A signal after the last step was begun.
+        # A signal that came during the last step was in no sum: all processes are asked.
         if any(gather_object([bool(signals)])):
             stop_together(signals)
     learner.set_master(progress.best_master)
 
 
 def stop_together(signals: list[int]) -> None:
-    """Raises Stopped in all processes, when each has come so far."""
+    """Raises Stopped in all processes, once each has reached this point."""
     PartialState().wait_for_everyone()  # a launcher kills all when the first one ends
     number = signals[0] if signals else signal.SIGINT  # none, if another process got it
     raise Stopped(number)
@@ -3490,7 +3515,7 @@ def list_remarks(captioned: list[CaptionedPicture], results: dict[str, Any]) -> 
     most_common_reference = max(Counter(row.references[0] for row in captioned).values())
     if is_unchanged and results["exact"]["after"] < 1:
         remarks.append("no held-out caption has changed: raise EPOCHS or LEARNING_RATE")
-    elif most_common >= nearly_all > most_common_reference:
+    elif most_common >= nearly_all and most_common_reference < nearly_all:
         remarks.append(
             "nearly all held-out captions are the same: lower LEARNING_RATE, and look at "
             "held_out.csv"
@@ -3499,7 +3524,7 @@ def list_remarks(captioned: list[CaptionedPicture], results: dict[str, Any]) -> 
 
 
 def describe_results(results: dict[str, Any]) -> dict[str, str]:
-    """As they are printed, drawn and put into the card."""
+    """The results as text, by name: for the screen, the page and the card."""
     described = {}
     for name, value in results.items():
         if name == "hard_words":
@@ -3629,7 +3654,7 @@ class Card(NamedTuple):
 
 
 def format_card(card: Card, root: str) -> str:
-    """HTML. The picture is named by its path below `root`."""
+    """The HTML of a card. The picture is named by its path below `root`."""
     lines = []
     for line in card.lines:
         text = html.escape(printable(line.text))
@@ -3720,7 +3745,7 @@ def describe_start(record: dict[str, Any]) -> str:
     """What "before" means in the results."""
     start = record["settings"]["START_FROM"]
     if start:
-        return f'"before" is the adapter in {printable(start)}, from which this training started.'
+        return f'"before" is the adapter that was in {printable(start)} when this training began.'
     return '"before" is the base model, without an adapter.'
 
 
@@ -3857,7 +3882,9 @@ def flush_files(folder: Path) -> None:
     """Returns when all of them are on the disk, with the permissions of settings.json."""
     for path in folder.iterdir():
         if path.is_file():
-            shutil.copymode(folder / "settings.json", path)  # PEFT's only the owner could read
+            shutil.copymode(
+                folder / "settings.json", path
+            )  # PEFT's can be read only by their owner
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
 
@@ -3897,7 +3924,7 @@ def write_results(
     write_record(run.folder, record)
     run.checkpoint_path.unlink(missing_ok=True)
     run.tracking.close()
-    run.refuse_foreign_files()  # there may be some since the run began
+    run.refuse_foreign_files()  # some may have appeared since the run began
     run.publish()
     print_summary(record, captioned)
     print(f"adapter:         {printable(str(run.output))}")
@@ -3940,7 +3967,7 @@ def describe_model(captioner: Captioner) -> dict[str, Any]:
 
 
 def fine_tune(settings: argparse.Namespace, data: Data, findings: Findings) -> int:
-    """A run from wherever it is to its end. Returns the exit code."""
+    """Starts or continues a run, and finishes it. Returns the exit code."""
     with open_run(settings, data) as run:
         run.find_checkpoint(settings.restart)
         run.refuse_other_processes()
@@ -4047,12 +4074,15 @@ def describe_near_file(path: str) -> str:
 
 
 def load_trained(settings: argparse.Namespace) -> Captioner:
-    """With the adapter, base, prompt and quantization in OUTPUT_DIR. Raises UserError."""
+    """The model with the adapter in OUTPUT_DIR, as it was trained. Raises UserError."""
     output = Path(settings.OUTPUT_DIR)
-    refusal = (
-        f"OUTPUT_DIR {str(output)!r} holds no adapter that can be read: {{}}. Train one first, or "
-        "finish a run with the command that began it."
-    )
+
+    def refuse(reason: Any) -> UserError:
+        return UserError(
+            f"OUTPUT_DIR {str(output)!r} holds no adapter that can be read: {reason}. Train one "
+            "first, or finish a run with the command that began it."
+        )
+
     try:
         text = (output / "settings.json").read_text(encoding="utf-8")
         record = complete_record(json.loads(text))
@@ -4060,9 +4090,9 @@ def load_trained(settings: argparse.Namespace) -> Captioner:
         dtype = record["dtype"]
         load_file(output / "adapter_model.safetensors")  # else PEFT would look for it on the Hub
     except KeyError as error:
-        raise UserError(refusal.format(f"settings.json lacks {error}")) from error
+        raise refuse(f"settings.json lacks {error}") from error
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(refusal.format(error)) from error
+        raise refuse(error) from error
 
     trained.DEVICE = settings.DEVICE
     trained.NUM_BEAMS = settings.NUM_BEAMS
@@ -4079,7 +4109,7 @@ def load_trained(settings: argparse.Namespace) -> Captioner:
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise UserError(refusal.format(f"it does not fit the base: {reason}")) from error
+        raise refuse(f"it does not fit the base: {reason}") from error
     return captioner
 
 
@@ -4093,6 +4123,8 @@ def caption_pictures(settings: argparse.Namespace) -> int:
     page_folder = os.path.dirname(os.path.expanduser(settings.page))
     if page_folder and not os.path.isdir(page_folder):
         raise UserError(f"there is no folder {page_folder!r} for --page. Make it, or name another.")
+    if os.path.isdir(os.path.expanduser(settings.page)):
+        raise UserError(f"--page {settings.page!r} is a folder. Name a file, such as new.html.")
     print(f"adapter: {printable(settings.OUTPUT_DIR)}", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):
         captioner = load_trained(settings)
@@ -4100,9 +4132,9 @@ def caption_pictures(settings: argparse.Namespace) -> int:
     captions: dict[str, Caption] = {}
     processor = captioner.processor.image_processor
     for pixels in read_pictures(pictures, processor, settings.NUM_WORKERS, "captioning", findings):
-        for picture, caption in zip(
-            pixels, captioner.caption(captioner.encode(list(pixels.values()))), strict=True
-        ):
+        with contextlib.redirect_stdout(sys.stderr):  # where it is told if memory runs out
+            new_captions = captioner.caption(captioner.encode(list(pixels.values())))
+        for picture, caption in zip(pixels, new_captions, strict=True):
             line = f"{printable(picture)}\t{printable(caption.text)}\t{caption.confidence:.4f}"
             tqdm.write(line)
             captions[picture] = caption
@@ -4122,11 +4154,9 @@ def write_caption_files(captions: dict[str, Caption]) -> None:
     written = 0
     for picture, caption in captions.items():
         path = Path(picture).with_suffix(".txt")
-        try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(caption.text + "\n")
-        except FileExistsError:
+        if os.path.lexists(path):
             continue
+        write_whole(path, (caption.text + "\n").encode())  # on a full disk, no empty file is left
         written += 1
     kept = len(captions) - written
     print(f"captions written next to pictures: {written} (.txt); there already, and kept: {kept}")
@@ -4253,7 +4283,7 @@ def main(argv: list[str] | None = None) -> int:
     real_stderr = sys.stderr
     speaker = ""
     rank = int(os.environ.get("RANK", 0))
-    if rank > 0:  # one of several processes: the first speaks for all, except of errors
+    if rank > 0:  # only the first of several processes prints; the others print errors
         speaker = f"process {rank}: "
         sys.stdout = sys.stderr = open(os.devnull, "w")
     prepare_output()
@@ -4267,8 +4297,8 @@ def main(argv: list[str] | None = None) -> int:
         line = f"{speaker}stopped"
         if is_training:
             line += "; to continue, run the same command again"
-        if settings.restart:
-            line += ", without --restart if its steps had begun"
+        if is_training and settings.restart:
+            line += ", without --restart if training steps were shown already"
         print(line, file=real_stderr)
         number = stopped.args[0] if stopped.args else signal.SIGINT
         return 128 + number
@@ -4279,7 +4309,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if is_training:
             print(
-                f"{speaker}stopped, since nobody reads the output. The same command continues.",
+                f"{speaker}stopped, because the output was closed. The same command continues.",
                 file=real_stderr,
             )
         return 1

@@ -176,7 +176,7 @@ class OurLoop:
         examples = [finetune.Example(self.features[i], self.pairs[i].caption) for i in indices]
         tokens = sum(len(self.learned[i]) for i in indices)
         losses = self.learner.backward(examples, tokens)
-        result = self.learner.add_up(losses, len(examples), False)
+        result = self.learner.sum_over_processes(losses, len(examples), False)
         self.learner.step(self.rate, result.norm, finetune.MAX_GRAD_NORM)
         return sum(result.pair_losses) / tokens
 

@@ -1,6 +1,7 @@
 """A training step of the published sizes on a GPU that is not there: its launches and its memory.
 
     python tests/gpu_dry_run.py --model opt-2.7b --pairs 16 --tokens 24 [--no-4bit]
+    python tests/gpu_dry_run.py --targets qformer+attention
     python tests/gpu_dry_run.py --table
 
 finetune.py's own Captioner and Learner run on fake tensors, which have shapes, dtypes and a device,
@@ -292,7 +293,7 @@ class DryRun:
             self.settings.PROMPT,
             self.settings.MAX_CAPTION_TOKENS,
             self.settings.NUM_BEAMS,
-            trains_qformer=False,
+            trains_qformer=self.settings.LORA_TARGETS.startswith("qformer"),
         )
 
     def encode(self) -> torch.Tensor:
@@ -314,7 +315,8 @@ class DryRun:
         """Replaces the vision side by LoRA, and takes a step, so that AdamW has its state."""
         model = self.captioner.model
         model.vision_model = torch.nn.Identity()
-        model.qformer = torch.nn.Identity()
+        if not self.captioner.trains_qformer:
+            model.qformer = torch.nn.Identity()
         with contextlib.redirect_stdout(None):
             adapter = finetune.add_lora(
                 model,
@@ -332,8 +334,7 @@ class DryRun:
         """Forward and backward of one micro-batch of equally long captions."""
         caption = " ".join(["a"] * tokens)
         assert len(self.captioner.row_builder.tokenize(caption)) == tokens
-        shape = (self.config.num_query_tokens, self.config.qformer_config.hidden_size)
-        features = torch.zeros(shape, dtype=self.captioner.dtype)
+        features = torch.zeros(self.captioner.feature_shape(), dtype=self.captioner.dtype)
         examples = [finetune.Example(features, caption)] * pairs
 
         self.meter.start()
@@ -344,7 +345,7 @@ class DryRun:
     def step(self, losses: torch.Tensor) -> None:
         """The rest of an optimizer step."""
         self.meter.start()
-        result = self.learner.add_up(losses, len(losses), False)
+        result = self.learner.sum_over_processes(losses, len(losses), False)
         self.learner.step(1e-4, result.norm, 1.0)
 
 
@@ -381,6 +382,7 @@ def print_table() -> None:
     """The memory of the published models, and the smallest card that each runs on."""
     header = [
         "model",
+        "LORA_TARGETS",
         "bits",
         "encoding",
         "step, 1 pair",
@@ -392,9 +394,14 @@ def print_table() -> None:
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
     for name, text_config in PUBLISHED.items():
-        for in_4bit in (True, False):
+        for in_4bit, targets in (
+            (True, "attention"),
+            (True, "qformer+attention"),
+            (False, "attention"),
+        ):
             with fake_gpu() as meter:
-                dry_run = DryRun(meter, Blip2Config(text_config=text_config), in_4bit)
+                config = Blip2Config(text_config=text_config)
+                dry_run = DryRun(meter, config, in_4bit, flags=("--lora-targets", targets))
                 dry_run.encode()
                 encoding = meter.peak / GIB
                 dry_run.add_learner()
@@ -404,6 +411,7 @@ def print_table() -> None:
                     steps.append(meter.peak / GIB)
             cells = [
                 "blip2-" + name.replace("t5", "flan-t5"),
+                targets,
                 "4" if in_4bit else "16",
                 f"{encoding:.1f}",
                 *(f"{peak:.1f}" for peak in steps),
@@ -413,10 +421,11 @@ def print_table() -> None:
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def print_step(model: str, in_4bit: bool, pairs: int, tokens: int) -> None:
+def print_step(model: str, targets: str, in_4bit: bool, pairs: int, tokens: int) -> None:
     """Launches and memory of one training step."""
     with fake_gpu() as meter:
-        dry_run = DryRun(meter, Blip2Config(text_config=PUBLISHED[model]), in_4bit)
+        config = Blip2Config(text_config=PUBLISHED[model])
+        dry_run = DryRun(meter, config, in_4bit, flags=("--lora-targets", targets))
         dry_run.add_learner()
         losses = dry_run.backward(pairs, tokens)
         print(f"launches {meter.launches.total()}, peak {meter.peak / GIB:.2f} GiB")
@@ -433,6 +442,7 @@ def main() -> None:
     parser.add_argument("--model", default="opt-2.7b", choices=PUBLISHED)
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=24, help="of each caption, without its stop")
+    parser.add_argument("--targets", default="attention", help="LORA_TARGETS")
     parser.add_argument("--no-4bit", action="store_true")
     parser.add_argument("--table", action="store_true", help="the memory table instead")
     arguments = parser.parse_args()
@@ -440,7 +450,7 @@ def main() -> None:
         print_table()
     else:
         in_4bit = not arguments.no_4bit
-        print_step(arguments.model, in_4bit, arguments.pairs, arguments.tokens)
+        print_step(arguments.model, arguments.targets, in_4bit, arguments.pairs, arguments.tokens)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ def compute_usual_loss(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 @torch.no_grad()
 def measure_our_losses(built, examples: list[finetune.Example]) -> list[float]:
     """The loss of each example in one batch, per token."""
-    tokenizer = built.captioner.row_builder
-    losses = built.captioner.losses(tokenizer.collate_fn(examples)).tolist()
+    row_builder = built.captioner.row_builder
+    losses = built.captioner.losses(row_builder.collate_fn(examples)).tolist()
     losses_per_token = []
     for example, loss in zip(examples, losses, strict=True):
-        losses_per_token.append(loss / len(tokenizer.label_ids(example.caption)))
+        losses_per_token.append(loss / len(row_builder.label_ids(example.caption)))
     return losses_per_token
 
 
@@ -101,12 +101,11 @@ def test_without_a_stop_token_captions_run_on(opt_base, small_data, build, repor
         file.write_text(file.read_text().split(" over ")[0])
     label_ids = finetune.RowBuilder.label_ids
 
+    def label_ids_without_stop_token(row_builder: finetune.RowBuilder, caption: str) -> list[int]:
+        return label_ids(row_builder, caption)[:-1]
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            finetune.RowBuilder,
-            "label_ids",
-            lambda tokenizer, caption: label_ids(tokenizer, caption)[:-1],
-        )
+        patch.setattr(finetune.RowBuilder, "label_ids", label_ids_without_stop_token)
         usual = count_right_captions(build(opt_base, small_data))
     built = build(opt_base, small_data)
     ours = count_right_captions(built)
@@ -125,20 +124,21 @@ def test_padding_in_the_labels_changes_the_loss(opt_base, small_data, build, rep
     first_caption = min((small_data / "caption").iterdir())
     first_caption.write_text("circle")
     built = build(opt_base, small_data)
-    tokenizer = built.captioner.row_builder
+    row_builder = built.captioner.row_builder
     examples = rows_of(built)
     short = examples[0]
     long = examples[-1]
-    short_length = len(tokenizer.label_ids(short.caption))
-    missing = len(tokenizer.label_ids(long.caption)) - short_length
+    short_length = len(row_builder.label_ids(short.caption))
+    long_length = len(row_builder.label_ids(long.caption))
+    missing = long_length - short_length
     assert missing > 3
 
     model = load_plain_model(opt_base)
     usual = []
-    for padding in ([], [tokenizer.pad_id] * missing):
+    for padding in ([], [row_builder.pad_id] * missing):
         inputs = prepare_inputs(model, built.pairs[0])
         ids = inputs["input_ids"][0].tolist()
-        inputs["input_ids"] = torch.tensor([[*ids, tokenizer.stop_id, *padding]])
+        inputs["input_ids"] = torch.tensor([[*ids, row_builder.stop_id, *padding]])
         usual.append(compute_usual_loss(model, inputs).item())
 
     [alone] = measure_our_losses(built, [short])

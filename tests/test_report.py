@@ -1,4 +1,4 @@
-"""What a finished run leaves to look at: tables, model card, trackers, report, and what it says."""
+"""What a finished run leaves to look at: tables, losses, model card, trackers, and what it says."""
 
 import dataclasses
 import io
@@ -9,11 +9,13 @@ import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
 from helpers import PlainModel, flags_of, read_captions, read_table, write_several
 from huggingface_hub import ModelCard
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import finetune
@@ -71,13 +73,13 @@ def finish_command(folder: Path, words: list[str]) -> FinishedRun:
     assert (code, errors.getvalue()) == (0, "")
 
     run = FinishedRun(
-        folder,
-        output.getvalue(),
-        json.loads((folder / "settings.json").read_text()),
-        (folder / "README.md").read_text(),
-        read_table(folder / "metrics.csv"),
-        read_table(folder / "held_out.csv"),
-        read_table(folder / "pairs.csv"),
+        folder=folder,
+        output=output.getvalue(),
+        record=json.loads((folder / "settings.json").read_text()),
+        card=(folder / "README.md").read_text(),
+        metrics=read_table(folder / "metrics.csv"),
+        captioned=read_table(folder / "held_out.csv"),
+        pairs=read_table(folder / "pairs.csv"),
     )
     # In every run, the same remarks are in settings.json, on the screen and in the card.
     assert re.findall(r"^please check: +(.+)$", run.output, re.M) == run.remarks
@@ -384,7 +386,9 @@ def worse(sample, opt_base, tmp_path_factory) -> FinishedRun:
 
 
 def test_a_worse_run_keeps_its_best_epoch(worse, opt_base):
-    before, first, *_, last = worse.held_out_losses
+    before = worse.held_out_losses[0]
+    first = worse.held_out_losses[1]
+    last = worse.held_out_losses[-1]
     assert before < first < last - 0.1
 
     assert worse.results["held_out_loss"] == {"before": before, "after": first}
@@ -486,6 +490,24 @@ def test_one_held_out_picture_has_no_cider_d(one_held_out):
     assert "no held-out caption has changed: raise" in unchanged
 
 
+# ---- losses.png ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nothing_held_out", "one_held_out"])
+def test_losses_png_shows_the_curve_of_the_training_loss(name, request):
+    """Also where there is no held-out loss to draw."""
+    run = request.getfixturevalue(name)
+
+    with Image.open(run.folder / "losses.png") as picture:
+        assert picture.format == "PNG"
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+
+    height, width, _ = pixels.shape
+    inside = pixels[height // 20 : height * 17 // 20]  # above the numbers of the steps
+    is_blue = inside[..., 2] - inside[..., 0] > 60
+    assert is_blue.any(axis=0).sum() > width * 2 / 3  # columns in which the curve is
+
+
 # ---- The model card -----------------------------------------------------------------------------
 
 SNIPPET = re.compile(r"```python\n(.*?)```", re.S)
@@ -510,6 +532,24 @@ def test_the_card_says_what_was_measured(ran):
         assert rows[name.replace("_", " ")] == ran.printed[name]
 
 
+@pytest.mark.parametrize("name, count", [("ran", 3), ("one_held_out", 1), ("nothing_held_out", 0)])
+def test_the_card_shows_up_to_three_captioned_pictures(name, count, request):
+    run = request.getfixturevalue(name)
+
+    shown = 0
+    for row in run.captioned:
+        example = (
+            f"    reference: {' / '.join(json.loads(row['references']))}\n"
+            f"    before:    {row['before']}\n"
+            f"    after:     {row['after']}\n"
+        )
+        if example in run.card:
+            shown += 1
+
+    assert shown == count
+    assert run.card.count("reference: ") == count
+
+
 def test_the_card_names_a_base_from_the_hub(ran, tmp_path):
     """The folder's name has all that YAML and Python could trip over."""
     base = "Salesforce/blip2-opt-2.7b"
@@ -522,6 +562,15 @@ def test_the_card_names_a_base_from_the_hub(ran, tmp_path):
     assert card.data.base_model == base
     assert f"`{base}`" in card.text
     compile(SNIPPET.search(card.text)[1], "README.md", "exec")
+
+
+def run_snippet(card: str, picture: str) -> str:
+    """What the card's snippet prints, with the picture's path put in."""
+    [snippet] = SNIPPET.findall(card)
+    output = io.StringIO()
+    with redirect_stdout(output):
+        exec(snippet.replace("picture.jpg", picture), {})
+    return output.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -545,9 +594,8 @@ def test_the_cards_snippet_captions_as_the_flag_does(
     command,
     monkeypatch,
     tmp_path,
-    capsys,
 ):
-    """As it is printed, with the picture's path put in; a quote is in the folder's name.
+    """On any CPU. A quote is in the folder's name.
 
     It is trained until the captions are sure, and do not depend on the last digit.
     """
@@ -569,13 +617,16 @@ def test_the_cards_snippet_captions_as_the_flag_does(
     assert code == 0, error
     captions = read_captions(output)
 
-    [snippet] = SNIPPET.findall(run.card)
     for picture in pictures:
-        capsys.readouterr()
-        exec(snippet.replace("picture.jpg", picture), {})
         caption, _ = captions[picture]
-        assert capsys.readouterr().out == f"{caption}\n"
         assert caption.startswith("enamel pin: ")  # which the base does not say
+        assert run_snippet(run.card, picture) == f"{caption}\n"
+
+    # On a CPU with avx512_bf16, bitsandbytes sets a flag with which it repacks 4-bit weights.
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    for picture in pictures:
+        caption, _ = captions[picture]
+        assert run_snippet(run.card, picture) == f"{caption}\n", "with avx512_bf16"
 
 
 @pytest.mark.parametrize(

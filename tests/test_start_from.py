@@ -93,9 +93,6 @@ def test_killed_and_continued_it_ends_the_same(folder, event):
         prepare=lambda: on(event, send(signal.SIGKILL)),
     )
     assert killed.code == -signal.SIGKILL
-    if not (folder.path / "first").exists():  # killed between the two renames
-        [earlier] = folder.path.glob("first-????-??-??")
-        shutil.copytree(earlier, folder.path / "first")
     ended = folder.run(OUTPUT_DIR="first", START_FROM="first")
 
     assert ended.code == 0, ended
@@ -137,3 +134,27 @@ def test_another_adapter_to_start_from_is_another_run(folder):
 
     assert ended.code == 1
     assert "the adapter in START_FROM" in ended.err
+
+
+def test_the_same_command_again_says_that_it_is_finished(folder):
+    assert folder.run(OUTPUT_DIR="first", START_FROM="first").code == 0
+    adapter = folder.read_adapter("first")
+
+    ended = folder.run(OUTPUT_DIR="first", START_FROM="first")
+
+    assert ended.code == 0
+    assert "this run is finished" in ended.out
+    assert folder.read_adapter("first") == adapter
+
+
+def test_a_record_without_start_from_is_completed(folder):
+    """Of an earlier version: neither an unfinished nor a finished run is another one for that."""
+    path = folder.path / "first/settings.json"
+    record = json.loads(path.read_text())
+    del record["settings"]["START_FROM"]
+    del record["start"]
+    path.write_text(json.dumps(record))
+
+    ended = folder.run(OUTPUT_DIR="first")
+
+    assert "this run is finished" in ended.out

@@ -622,22 +622,22 @@ NEIGHBORS = [
     Case(
         "a table and captions in folders",
         {"captions.csv": CSV, "caption/a.txt": "a rose", "Image/a.jpg": None},
-        error=("captions.csv", "caption", "Move the other out"),
+        error=("captions.csv", "caption", "keep one of them"),
     ),
     Case(
         "a table and captions next to pictures",
         {**PICTURES, "metadata.csv": CSV, "a.txt": "another rose"},
-        error=("metadata.csv", "<name>.txt", "Move the other out"),
+        error=("metadata.csv", "<name>.txt", "keep one of them"),
     ),
     Case(
         "two tables of other kinds",
         {**PICTURES, "metadata.csv": CSV, "captions.txt": CSV},
-        error=("metadata.csv", "captions.txt", "Move the other out"),
+        error=("metadata.csv", "captions.txt", "keep one of them"),
     ),
     Case(
         "two tables, none of which is metadata",
         {**PICTURES, "captions.jsonl": JSON_LINES, "results.csv": CSV},
-        error=("captions.jsonl", "results.csv", "Move the other out"),
+        error=("captions.jsonl", "results.csv", "keep one of them"),
     ),
     Case(
         "a spreadsheet as it is",
