@@ -1028,8 +1028,8 @@ def read_cells(
                 yield TableRow(f"line {line}", file_name, [caption], problem)
     except csv.Error as error:
         raise UserError(
-            f"{path!r} can't be read from line {next_line} on: {error}. Fix the quotes there (inside "
-            "a quoted cell, a quote is written twice), or save the table again."
+            f"{path!r} can't be read from line {next_line} on: {error}. Fix the quotes there "
+            "(inside a quoted cell, a quote is written twice), or save the table again."
         ) from error
 
 
@@ -2244,6 +2244,12 @@ def load_features(path: Path) -> torch.Tensor:
         ) from error
 
 
+def read_start(path: str, length: int) -> bytes:
+    """The first bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read(length)
+
+
 def list_known(folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> set[str]:
     """Names of the feature files in a folder that are whole: all have one size, and one header."""
     whole = save({"features": torch.zeros(shape, dtype=dtype)})
@@ -2251,10 +2257,8 @@ def list_known(folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> set[
     known = set()
     for entry in os.scandir(folder):
         try:
-            if entry.stat().st_size == len(whole):
-                with open(entry.path, "rb") as file:
-                    if file.read(len(header)) == header:
-                        known.add(entry.name)
+            if entry.stat().st_size == len(whole) and read_start(entry.path, len(header)) == header:
+                known.add(entry.name)
         except FileNotFoundError:  # another run has just renamed it
             continue
     return known
