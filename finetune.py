@@ -607,9 +607,11 @@ XML = "is XML (an SVG, or a failed download); save a picture as JPEG, or downloa
 PICTURE = "is a picture, not text"
 FIRST_BYTES = (  # of files that are often found in the place of another: what they are, what to do
     (b"version https://git-lfs", "is a Git LFS pointer; run `git lfs pull` to get the file"),
+    (b"/annex/objects/", "is a git-annex pointer; run `git annex get` to get the file"),
     (b"<!doctype html", WEB_PAGE),
     (b"<html", WEB_PAGE),
     (b"<?xml", XML),
+    (b"<svg", XML),
     (b"{\\rtf", "is RTF; save it as plain text"),
     (
         b"PK\x03\x04",
@@ -634,17 +636,29 @@ def recognize(first_bytes: bytes) -> str:
 
 BUILT_IN_TYPES = mimetypes.MimeTypes()  # without the system's own, which differ
 OTHER_EXTENSIONS = (
+    ".7z",
     ".aae",
     ".caption",
     ".db",
+    ".docx",
+    ".flac",
     ".jsonl",
+    ".lnk",
     ".log",
+    ".m4a",
     ".md",
+    ".mkv",
     ".npy",
     ".npz",
     ".parquet",
+    ".pptx",
     ".pt",
+    ".rar",
     ".safetensors",
+    ".toml",
+    ".ttf",
+    ".url",
+    ".xlsx",
     ".xmp",
     ".yaml",
     ".yml",
@@ -883,6 +897,16 @@ def read_folders(folder: str, findings: Findings) -> list[Pair]:
         else:
             name = inner_path.split("/")[0] if "/" in inner_path else stem
             pictures[name].append(path)
+
+    for name in sorted(filter(is_wanted, os.listdir(folder))):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            continue
+        extension = os.path.splitext(path)[1].lower()
+        if extension != ".txt" and is_other_extension(extension):
+            findings.not_pictures.append(path)
+        else:
+            findings.skip(path, "is neither in caption/ nor in Image/, where this layout looks")
     return match_names(captions, pictures, findings)
 
 
@@ -901,7 +925,22 @@ def read_beside(folder: str, findings: Findings) -> list[Pair]:
             findings.not_pictures.append(path)
         else:
             pictures[name].append(path)
+
+    for name in sorted(captions.keys() - pictures.keys()):
+        path = captions[name][0]
+        if is_table_name(os.path.basename(path)):  # captions.txt, meant as a table
+            findings.skip(path, explain_text_table(path, folder))
+            del captions[name]
     return match_names(captions, pictures, findings)
+
+
+def explain_text_table(path: str, folder: str) -> str:
+    """Why captions.txt or the like, which is next to no picture of its name, is not used."""
+    try:
+        next(read_rows(path), None)
+    except UserError as error:
+        return f"there is no picture with this name, and it is no table either: {error}"
+    return TABLE_BELOW if os.path.dirname(path) != folder else "is not read"
 
 
 class TableRow(NamedTuple):
@@ -1096,7 +1135,12 @@ def read_coco(path: str, content: dict[str, Any]) -> Iterator[TableRow]:
     annotations = content["annotations"]
     try:
         for image in content["images"]:
-            names[image["id"]] = image["file_name"]
+            name = names.setdefault(image["id"], image["file_name"])
+            if name != image["file_name"]:
+                raise UserError(
+                    f"{path!r} gives two pictures the id {image['id']!r}: {name!r} and "
+                    f"{image['file_name']!r}. Give each an id of its own."
+                )
         has_captions = all("caption" in annotation for annotation in annotations)
     except (KeyError, TypeError):
         has_captions = False
@@ -1363,12 +1407,14 @@ def read_picture(path: str, side: int) -> Image.Image:
                 f"{MAX_PIXELS // 1_000_000} megapixels; save it smaller"
             )
         picture.draft(None, (2 * side, 2 * side))
+        white_is_zero = getattr(picture, "tag_v2", {}).get(262) == 0  # of TIFF
+        is_inverted = white_is_zero and picture.mode.startswith("I;16")  # Pillow forgets these
         is_large = picture.width * picture.height > LARGE_PIXELS
         with LARGE_PICTURE if is_large else contextlib.nullcontext():
             if is_large:
                 picture = reduce_picture(picture, side)
-            upright = ImageOps.exif_transpose(picture)
-            return convert_to_rgb(upright)
+            upright = convert_to_rgb(ImageOps.exif_transpose(picture))
+            return ImageOps.invert(upright) if is_inverted else upright
 
 
 def reduce_picture(picture: Image.Image, side: int) -> Image.Image:
@@ -2093,6 +2139,11 @@ def explain_loading_error(model_id: str, error: Exception) -> str:
     if not isinstance(error, OSError) or os.path.isdir(model_id):
         return sentence
 
+    if re.match(r"\w+://|hf\.co/|huggingface\.co/", model_id):
+        return (
+            f"can't load MODEL_ID {model_id!r}: it is a URL. Write the model's name, as in "
+            "Salesforce/blip2-opt-2.7b."
+        )
     # What the Hub's libraries can't find or fetch is an OSError.
     if os.path.exists(model_id):
         return f"can't load MODEL_ID {model_id!r}: it is a file. Name the folder of a model."
@@ -4127,8 +4178,11 @@ def caption_pictures(settings: argparse.Namespace) -> int:
     page_folder = os.path.dirname(os.path.expanduser(settings.page))
     if page_folder and not os.path.isdir(page_folder):
         raise UserError(f"there is no folder {page_folder!r} for --page. Make it, or name another.")
-    if os.path.isdir(os.path.expanduser(settings.page)):
-        raise UserError(f"--page {settings.page!r} is a folder. Name a file, such as new.html.")
+    if settings.page and not settings.page.lower().endswith((".html", ".htm")):
+        raise UserError(
+            f"--page {settings.page!r} does not end in .html, and a page is not written over "
+            "another kind of file. Name it, for example, new.html."
+        )
     print(f"adapter: {printable(settings.OUTPUT_DIR)}", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):
         captioner = load_trained(settings)
@@ -4155,15 +4209,23 @@ def caption_pictures(settings: argparse.Namespace) -> int:
 
 def write_caption_files(captions: dict[str, Caption]) -> None:
     """<name>.txt next to each picture that has none."""
-    written = 0
+    written: set[Path] = set()
+    kept = 0
+    shared = 0
     for picture, caption in captions.items():
         path = Path(picture).with_suffix(".txt")
-        if os.path.lexists(path):
-            continue
-        write_whole(path, (caption.text + "\n").encode())  # on a full disk, no empty file is left
-        written += 1
-    kept = len(captions) - written
-    print(f"captions written next to pictures: {written} (.txt); there already, and kept: {kept}")
+        names = [name.casefold() for name in os.listdir(path.parent)]
+        if path in written:
+            shared += 1
+        elif path.name.casefold() in names:
+            kept += 1
+        else:
+            write_whole(path, (caption.text + "\n").encode())  # on a full disk, nothing is left
+            written.add(path)
+    print(f"captions written next to pictures: {len(written)} (.txt); there already, kept: {kept}")
+    if shared:
+        what = count_of(shared, "picture has", "pictures have")
+        print(f"{what} the name of another, for which the .txt was written: rename them")
 
 
 def write_caption_page(path: Path, captions: dict[str, Caption]) -> None:
