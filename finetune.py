@@ -3658,6 +3658,7 @@ PAGE = string.Template("""<!doctype html>
   table { border-collapse: collapse; }
   th, td { padding: .15rem 1rem .15rem 0; text-align: left; font-weight: normal; }
   th, small, .quiet { color: var(--quiet); }
+  th { white-space: nowrap; }
   section { display: grid; gap: 1.5rem;
             grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
   figure { display: flex; gap: .8rem; margin: 0; }
