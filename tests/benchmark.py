@@ -215,15 +215,15 @@ class PlainLoop:
     def step(self, indices: Sequence[int]) -> float:
         """An optimizer step on these pairs; their loss per token."""
         config = self.captioner.model.config
-        tokenizer = self.captioner.row_builder
-        given = [config.image_token_index] * config.num_query_tokens + tokenizer.prompt_ids
+        row_builder = self.captioner.row_builder
+        given = [config.image_token_index] * config.num_query_tokens + row_builder.prompt_ids
         longest = max(len(self.learned[i]) for i in indices)
         ids = []
         mask = []
         for i in indices:
             learned = self.learned[i]
             padding = longest - len(learned)
-            ids.append(given + learned + [tokenizer.pad_id] * padding)
+            ids.append(given + learned + [row_builder.pad_id] * padding)
             mask.append([1] * (len(given) + len(learned)) + [0] * padding)
 
         device = self.captioner.device

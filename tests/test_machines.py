@@ -1,5 +1,6 @@
 """Machines that are not this one: GPUs, Windows and macOS, small containers."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -7,10 +8,12 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from helpers import flags_of
+from transformers import Blip2ForConditionalGeneration
 
 import finetune
 
@@ -176,6 +179,188 @@ def test_float16_is_refused_for_t5_and_on_the_cpu(device, is_t5, machine):
 
     with pytest.raises(finetune.UserError, match="float16 is for OPT on a GPU"):
         finetune.choose_device(device, "float16", is_t5, 1)
+
+
+# ---- Loading that fails on the machine, and not for the model -----------------------------------
+
+DEBUG_HINTS = (  # what PyTorch adds to errors of CUDA
+    "\nCUDA kernel errors might be asynchronously reported at some other API call, so the "
+    "stacktrace below might be incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1"
+    "\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+)
+OLD_DRIVER = (
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
+    "driver by downloading and installing a new version."
+)
+OTHER_PYTORCH = 'pip install "torch<2.11"'
+OTHER_BITSANDBYTES = "pip install --upgrade bitsandbytes"
+
+
+class LoadingFailure(NamedTuple):
+    """What a library raises while a model is loaded, and the command that helps, if any does."""
+
+    name: str
+    error: Exception
+    remedy: str = ""
+
+
+LOADING_FAILURES = [
+    LoadingFailure(
+        "CUDA", RuntimeError(f"CUDA error: an illegal memory access was encountered{DEBUG_HINTS}")
+    ),
+    LoadingFailure("CUDA is unknown", RuntimeError("CUDA error: unknown error")),
+    LoadingFailure(
+        "cuBLAS",
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx(handle)`"),
+    ),
+    LoadingFailure("driver is too old", RuntimeError(OLD_DRIVER), OTHER_PYTORCH),
+    LoadingFailure(
+        "driver is too old for the runtime",
+        RuntimeError(
+            "CUDA error: CUDA driver version is insufficient for CUDA runtime version" + DEBUG_HINTS
+        ),
+        OTHER_PYTORCH,
+    ),
+    LoadingFailure(
+        "no kernel image",
+        RuntimeError(
+            "CUDA error: no kernel image is available for execution on the device" + DEBUG_HINTS
+        ),
+        OTHER_PYTORCH,
+    ),
+    LoadingFailure(
+        "bitsandbytes without this CUDA",
+        RuntimeError(
+            "\nCUDA VERSION MISMATCH\nRequested CUDA version:          14.0\n"
+            "Attempted to use bitsandbytes native library functionality but it's not available.\n"
+        ),
+        OTHER_BITSANDBYTES,
+    ),
+    LoadingFailure(
+        "bitsandbytes for the CPU",
+        RuntimeError(
+            "Method 'cquantize_blockwise_bf16_nf4' not available in CPU-only version of "
+            "bitsandbytes.\nReinstall with GPU support or use CUDA-enabled hardware."
+        ),
+        OTHER_BITSANDBYTES,
+    ),
+    LoadingFailure(
+        "bitsandbytes whose library is missing",
+        OSError("libbitsandbytes_cuda130.so: cannot open shared object file"),
+        OTHER_BITSANDBYTES,
+    ),
+    LoadingFailure(
+        "no bitsandbytes",
+        ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes"),
+        OTHER_BITSANDBYTES,
+    ),
+    LoadingFailure(
+        "a call that was deferred",
+        torch.cuda.DeferredCudaCallError(
+            "CUDA call failed lazily at initialization with error: device >= 0 && device < "
+            "num_gpus INTERNAL ASSERT FAILED\n\nCUDA call was originally invoked at:\n\n  File"
+        ),
+    ),
+]
+
+
+@pytest.fixture
+def hub_model(opt_base, monkeypatch) -> str:
+    """The name of a model on the Hub, whose config and tokenizer can be read.
+
+    Only such a name is looked up, so that only then a word about the network could be said.
+    """
+    real_config = finetune.read_config
+    real_processor = finetune.read_processor
+    monkeypatch.setattr(finetune, "read_config", lambda name: real_config(opt_base))
+    monkeypatch.setattr(
+        finetune, "read_processor", lambda name, config: real_processor(opt_base, config)
+    )
+    return "Salesforce/blip2-opt-2.7b"
+
+
+def assert_own_words(sentence: str, failure: LoadingFailure) -> None:
+    """One sentence with all that the library said, the remedy, and nothing about the Hub."""
+    assert sentence.startswith("error: can't load MODEL_ID")
+    assert sentence.count("\n") == 1
+    assert " ".join(str(failure.error).split()).rstrip(".") in sentence
+    assert failure.remedy in sentence
+    for remedy in (OTHER_PYTORCH, OTHER_BITSANDBYTES):
+        assert remedy in failure.remedy or remedy not in sentence
+    for word in ("network", "login", "hf auth", "Hub", "no such folder"):
+        assert word not in sentence
+
+
+@pytest.mark.parametrize("failure", LOADING_FAILURES, ids=lambda failure: failure.name)
+def test_a_failure_while_loading_keeps_its_own_words(
+    refused, small_data, hub_model, monkeypatch, failure
+):
+    def fail(*arguments, **named):
+        raise failure.error
+
+    monkeypatch.setattr(Blip2ForConditionalGeneration, "from_pretrained", fail)
+
+    sentence = refused(TRAIN_DIR=small_data, MODEL_ID=hub_model)
+
+    assert_own_words(sentence, failure)
+
+
+@pytest.mark.parametrize("failure", LOADING_FAILURES, ids=lambda failure: failure.name)
+def test_a_failure_while_loading_for_captions_keeps_its_own_words(
+    command, small_data, opt_base, hub_model, monkeypatch, tmp_path, failure
+):
+    """The base is on the Hub, as that of most adapters."""
+    code, _, error = command(TRAIN_DIR=small_data, MODEL_ID=opt_base, EPOCHS=1)
+    assert code == 0, error
+    path = tmp_path / "out/settings.json"
+    record = json.loads(path.read_text())
+    record["settings"]["MODEL_ID"] = hub_model
+    path.write_text(json.dumps(record))
+
+    def fail(*arguments, **named):
+        raise failure.error
+
+    monkeypatch.setattr(Blip2ForConditionalGeneration, "from_pretrained", fail)
+
+    code, output, error = command("--caption", str(small_data / "Image"))
+
+    assert code == 1
+    assert output == ""
+    assert_own_words(error[error.index("error: ") :], failure)
+
+
+def test_a_gpu_that_fails_when_it_is_asked_keeps_its_own_words(
+    refused, small_data, hub_model, monkeypatch
+):
+    """Here it is PyTorch's question about the GPU that fails, before anything is loaded."""
+    failure = LOADING_FAILURES[-1]
+    assert isinstance(failure.error, torch.cuda.DeferredCudaCallError)
+
+    def fail(index: int):
+        raise failure.error
+
+    monkeypatch.setattr("torch.cuda.get_device_capability", fail)
+
+    sentence = refused(TRAIN_DIR=small_data, MODEL_ID=hub_model, DEVICE="cuda")
+
+    assert_own_words(sentence, failure)
+
+
+def test_a_gpu_whose_driver_is_too_old_is_refused_with_the_command_that_helps(
+    refused, small_data, hub_model, monkeypatch
+):
+    def fail(index: int):
+        raise RuntimeError(OLD_DRIVER)
+
+    monkeypatch.setattr("torch.cuda.get_device_capability", fail)
+
+    sentence = refused(TRAIN_DIR=small_data, MODEL_ID=hub_model, DEVICE="cuda")
+
+    assert OLD_DRIVER.rstrip(".") in sentence
+    assert OTHER_PYTORCH in sentence
+    assert "--device cpu" in sentence
+    assert "network" not in sentence
+    assert "login" not in sentence
 
 
 # ---- Other systems ------------------------------------------------------------------------------

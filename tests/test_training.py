@@ -13,7 +13,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from helpers import flags_of, rows_of, train
+from helpers import flags_of, read_table, rows_of, train
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor
@@ -259,11 +259,14 @@ def test_bfloat16_is_float32_within_its_noise(any_base, small_data, build, in_4b
     assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[0].norm()
 
 
-def test_float16_trains_with_its_scaler(opt_base, small_data, command, monkeypatch):
-    """As on an older GPU, where transformers keeps the Q-Former in float32."""
+@pytest.fixture
+def older_gpu(monkeypatch):
+    """Runs are in float16, as on an older GPU, where transformers keeps the Q-Former in float32."""
     choice = (torch.device("cpu"), torch.float16, "as on an older GPU")
     monkeypatch.setattr(finetune, "choose_device", lambda *arguments: choice)
 
+
+def test_float16_trains_with_its_scaler(older_gpu, opt_base, small_data, command):
     code, output, error = command(
         TRAIN_DIR=small_data, MODEL_ID=opt_base, EPOCHS=12, LEARNING_RATE=3e-3, BATCH_SIZE=4
     )
@@ -271,6 +274,116 @@ def test_float16_trains_with_its_scaler(opt_base, small_data, command, monkeypat
     assert code == 0, error
     assert "exact:           0 before, 1 after, of 1" in output
     assert " nan" not in output
+
+
+class Float16Run(NamedTuple):
+    attempts: int  # at steps: gradients that were computed
+    metrics: list[dict[str, str]]  # the rows of metrics.csv
+    weights: dict[str, torch.Tensor]  # of the adapter
+
+
+@pytest.fixture
+def train_float16(older_gpu, opt_base, small_data, command, monkeypatch, tmp_path):
+    """train_float16("name", init_scale=...): a run of 6 steps, with these options of GradScaler."""
+    real_scaler = torch.amp.GradScaler
+    real_backward = finetune.Learner.backward
+
+    def run(name: str, **options) -> Float16Run:
+        attempts = []
+
+        def make_scaler(device: str, enabled: bool) -> torch.amp.GradScaler:
+            return real_scaler(device, enabled=enabled, **options)
+
+        def backward(learner, examples, tokens):
+            attempts.append(len(examples))
+            return real_backward(learner, examples, tokens)
+
+        monkeypatch.setattr(torch.amp, "GradScaler", make_scaler)
+        monkeypatch.setattr(finetune.Learner, "backward", backward)
+        output = tmp_path / name
+        code, _, error = command(
+            TRAIN_DIR=small_data,
+            MODEL_ID=opt_base,
+            OUTPUT_DIR=output,
+            EPOCHS=2,
+            BATCH_SIZE=4,
+            LEARNING_RATE=3e-3,
+            LORA_DROPOUT=0.3,
+            VALIDATION_FRACTION=0,
+        )
+        assert code == 0, error
+        weights = load_file(output / "adapter_model.safetensors")
+        return Float16Run(len(attempts), read_table(output / "metrics.csv"), weights)
+
+    return run
+
+
+@pytest.fixture
+def overflowed(train_float16) -> Float16Run:
+    """The gradient overflows at first; one attempt later its scale is GradScaler's usual one."""
+    return train_float16("overflowed", init_scale=2.0**40, backoff_factor=2.0**-24)
+
+
+@pytest.fixture
+def usual(train_float16) -> Float16Run:
+    """No gradient overflows."""
+    return train_float16("usual", init_scale=2.0**16)
+
+
+def test_a_float16_step_whose_gradient_overflows_is_tried_again(overflowed, usual):
+    assert usual.attempts == 6
+    assert overflowed.attempts == 7
+
+
+def test_a_float16_step_that_was_tried_again_counts_once(overflowed, usual):
+    steps = [row["step"] for row in overflowed.metrics]
+
+    assert steps == ["0", "1", "2", "3", "4", "5", "6"]
+    assert steps == [row["step"] for row in usual.metrics]
+
+
+def test_a_float16_step_that_was_tried_again_keeps_the_learning_rates(overflowed, usual):
+    rates = [float(row["learning_rate"]) for row in overflowed.metrics[1:]]
+
+    assert rates == [finetune.learning_rate(step, 6, 3e-3, 0.05) for step in range(6)]
+    assert rates == [float(row["learning_rate"]) for row in usual.metrics[1:]]
+
+
+def test_a_float16_step_that_was_tried_again_leaves_no_trace_in_the_metrics(overflowed, usual):
+    """The first attempt's norm, which is infinite, is not among them; dropout's noise is as was."""
+    for found, expected in zip(overflowed.metrics[1:], usual.metrics[1:], strict=True):
+        for column in ("train_loss", "grad_norm"):
+            assert math.isfinite(float(found[column]))
+            assert float(found[column]) == pytest.approx(float(expected[column]), rel=1e-6)
+
+
+def test_a_float16_step_that_was_tried_again_trains_the_same_adapter(overflowed, usual):
+    assert overflowed.weights.keys() == usual.weights.keys()
+    for name, weight in usual.weights.items():
+        torch.testing.assert_close(overflowed.weights[name], weight, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_a_float16_gradient_that_overflows_at_any_scale_ends_the_run(
+    older_gpu, opt_base, small_data, refused, monkeypatch
+):
+    """Below a scale of 1; before that, each attempt halves it."""
+    attempts = []
+    real_backward = finetune.Learner.backward
+
+    def backward(learner, examples, tokens):
+        losses = real_backward(learner, examples, tokens)
+        learner.gradient.fill_(math.inf)
+        attempts.append(learner.scaler.get_scale())
+        return losses
+
+    monkeypatch.setattr(finetune.Learner, "backward", backward)
+
+    error = refused(TRAIN_DIR=small_data, MODEL_ID=opt_base)
+
+    assert attempts == [2.0**power for power in range(16, -1, -1)]
+    assert "error: at step 1 the norm of the gradient is inf. Lower LEARNING_RATE" in error
+    assert "DTYPE to float32" in error
+    assert "--restart" in error
 
 
 def test_nf4_is_for_the_language_model_without_its_head(any_base, small_data, build):
@@ -474,124 +587,3 @@ def test_only_the_dropout_of_lora_drops_and_only_in_training(any_base, small_dat
     for name in first_step:
         assert ".lora_dropout" in name
     assert held_out_loss == []
-
-
-# ---- Memory -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def limit_memory(monkeypatch):
-    """limit_memory(pairs, message, where): no more pairs fit into memory; where says the pass."""
-    real = finetune.Captioner.losses
-
-    def limit(pairs: int, message: str, where: str = "forward") -> None:
-        def fail(*_) -> None:
-            raise RuntimeError(message)
-
-        def losses(captioner, batch):
-            is_too_much = torch.is_grad_enabled() and len(batch.features) > pairs
-            if is_too_much and where == "forward":
-                fail()
-            result = real(captioner, batch)
-            if is_too_much:
-                result.register_hook(fail)  # in the backward pass
-            return result
-
-        monkeypatch.setattr(finetune.Captioner, "losses", losses)
-
-    return limit
-
-
-@pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_step_that_is_split_for_memory_trains_the_same_adapter(
-    any_base, small_data, build, limit_memory, capsys, where
-):
-    """12 pairs in steps of 7 and 5: at first 4 pairs at a time are tried, then 2, which fit.
-
-    Rounding may differ, and AdamW makes tiny gradients large: what counts is that the difference
-    is small beside what has been learned.
-    """
-    settings = {"EPOCHS": 2, "BATCH_SIZE": 7, "LEARNING_RATE": 3e-3}
-    whole = build(any_base, small_data)
-    untrained = whole.learner.master.clone()
-    train(whole, **settings)
-
-    split = build(any_base, small_data)
-    limit_memory(2, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", where)
-    capsys.readouterr()
-    train(split, **settings)
-
-    assert capsys.readouterr().out.count("out of memory:") == 2
-    learned = (whole.learner.master - untrained).norm()
-    assert (split.learner.master - whole.learner.master).norm() <= 1e-3 * learned
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        "CUDA out of memory. Tried to allocate 2.00 GiB.",
-        "CUDA error: out of memory",
-        "CUDA driver error: out of memory",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)",
-        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling cublasCreate(handle)",
-    ],
-)
-def test_when_one_pair_does_not_fit_a_sentence_says_so(
-    message, opt_base, small_data, command, limit_memory
-):
-    limit_memory(0, message)
-
-    code, _, error = command(TRAIN_DIR=small_data, MODEL_ID=opt_base)
-
-    assert code == 1
-    assert message in error
-    assert "MAX_CAPTION_TOKENS" in error
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        "CUDA driver error: invalid argument",
-        "CUDA error: device-side assert",
-        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED",
-    ],
-)
-def test_other_errors_of_cuda_are_not_taken_for_a_lack_of_memory(
-    message, opt_base, small_data, command, limit_memory
-):
-    limit_memory(0, message)
-
-    with pytest.raises(RuntimeError, match=message):
-        command(TRAIN_DIR=small_data, MODEL_ID=opt_base)
-
-
-def test_out_of_memory_while_loading_says_so(opt_base, small_data, command, monkeypatch):
-    def fail(*arguments, **named):
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(Blip2ForConditionalGeneration, "from_pretrained", fail)
-
-    code, _, error = command(TRAIN_DIR=small_data, MODEL_ID=opt_base)
-
-    assert code == 1
-    assert error.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB, while")
-    assert "LOAD_IN_4BIT" in error
-
-
-def test_on_a_gpu_one_pair_is_tried_before_the_first_step(opt_base, small_data, build, monkeypatch):
-    """The handles of cuBLAS are made then, while there is room."""
-    built = build(opt_base, small_data)
-    tried = []
-    monkeypatch.setattr(finetune, "add_lora", lambda *arguments: built.adapter)
-
-    def backward(learner, rows, tokens):
-        tried.append(len(rows))
-
-    monkeypatch.setattr(finetune.Learner, "backward", backward)
-    nothing = finetune.ImageCaptioningDataset([], {}, built.captioner.row_builder)
-    datasets = finetune.Datasets(built.dataset, nothing, [])
-    built.captioner.device = torch.device("cuda")
-
-    finetune.start(built.settings, built.captioner, datasets, None)
-
-    assert tried == [1]
