@@ -10,7 +10,8 @@ What goes in: pictures and their captions, in one of three layouts.
 What comes out: blip2_lora_finetuned/ with the adapter, the processor, a model card (README.md),
 report.html to look at, losses.png, held_out.csv, pairs.csv, metrics.csv, skipped.csv and
 settings.json. Until it is finished, a run is in blip2_lora_finetuned.unfinished/, with
-checkpoint.pt to continue from.
+checkpoint.pt to continue from. What the frozen part of the model makes of each picture is kept in
+train/.features/, for the next run. blip2_lora_finetuned.lock keeps two runs apart.
 
     python finetune.py                       train with the settings below, which are also flags;
                                              after an interruption, the same command continues
@@ -112,9 +113,9 @@ CHECKPOINT_MINUTES: float = 10.0  # minutes between extra checkpoints; 0: only a
 LOG_WITH: str = ""  # a tracker that accelerate knows: tensorboard, wandb, mlflow, ...; "": none
 # ==== End of settings ====
 
-# Name and type of each setting: of all annotated constants above, and of none below.
-SETTINGS: dict[str, type] = dict(sys.modules[__name__].__annotations__)
-SETTINGS.pop("SETTINGS", None)
+# Name and type of each setting: what is annotated above. Constants below have no annotations.
+SETTINGS = dict(sys.modules[__name__].__annotations__)
+PATH_SETTINGS = ("TRAIN_DIR", "VALIDATION_DIR", "OUTPUT_DIR", "MODEL_ID", "START_FROM")
 CHANGEABLE = (  # settings that may be changed while a run is unfinished
     "OUTPUT_DIR",
     "DEVICE",
@@ -226,11 +227,12 @@ def spread(items: Sequence, count: int) -> list:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-# What several processes share. Each of them runs all of this script, on a GPU of its own, with the
-# same settings, files and seeds. Work is divided by `share` where it is long: pictures to encode,
-# to measure and to caption, and the pairs of a step. What comes of it is put together by accelerate
-# (`reduce` for tensors, `gather_object` for the rest), so that all processes know the same and go
-# the same way. Only the first one, the main process, prints and writes, but for features.
+# What several processes share. In a training each of them runs all of this script, on a GPU of its
+# own, with the same settings, files and seeds, and holds the same weights of its own. Work is
+# divided by `share` where it is long: pictures to encode, to measure and to caption, and the pairs
+# of a step. What comes of it is put together by accelerate (`reduce` for tensors, `gather_object`
+# for the rest), so that all processes know the same and go the same way. Only the first one, the
+# main process, prints and writes, but for features. --check and --caption are not divided.
 
 
 def share(items: Sequence) -> Sequence:
@@ -359,12 +361,12 @@ def normalize_settings(settings: argparse.Namespace) -> None:
     """Changes `settings`: "out/" becomes "out", "~" the home folder; wrong types stay."""
     for name in ("TRAIN_DIR", "VALIDATION_DIR", "OUTPUT_DIR", "START_FROM"):
         value = getattr(settings, name)
-        if value and isinstance(value, str):
+        if isinstance(value, str) and value and not is_url(value):
             setattr(settings, name, os.path.normpath(os.path.expanduser(value)))
 
     model_id = settings.MODEL_ID
     if isinstance(model_id, str):
-        model_id = os.path.expanduser(model_id)
+        model_id = os.path.expanduser(model_id.strip())
         if os.path.isdir(model_id):  # the adapter names it, and is used from elsewhere
             model_id = os.path.abspath(model_id)
         settings.MODEL_ID = model_id
@@ -470,15 +472,21 @@ CONTROL_CHARACTER_REMEDY = (
 )
 
 
+def is_url(path: str) -> bool:
+    return re.match(r"\w+:/", path) is not None and not re.match(r"[A-Za-z]:/", path)
+
+
 def has_control_character(path: str) -> bool:
     return re.search(r"[\0-\x1f]", path) is not None
 
 
 def check_paths(settings: argparse.Namespace) -> list[str]:
-    """A sentence for each path with a control character, as '\\n' in 'D:\\new'."""
+    """A sentence for each path with a control character, as '\\n' in 'D:\\new', and each URL."""
     problems = []
-    for name in ("TRAIN_DIR", "VALIDATION_DIR", "OUTPUT_DIR", "MODEL_ID", "START_FROM"):
+    for name in PATH_SETTINGS:
         value = getattr(settings, name)
+        if is_url(value) and name != "MODEL_ID":  # of which there is more to say
+            problems.append(f"{name} is {value!r}, a URL; download it, and name the folder.")
         if has_control_character(value):
             problems.append(f"{name} is {value!r}, {CONTROL_CHARACTER_REMEDY}.")
     return problems
@@ -493,10 +501,10 @@ def check_tracker(tracker: str) -> list[str]:
 
 
 def check_output_dir(settings: argparse.Namespace) -> list[str]:
-    """A sentence if OUTPUT_DIR can't be renamed, or would move files that are not from a run."""
+    """Sentences if OUTPUT_DIR can't be renamed, or would move files that are not from a run."""
     output = Path(os.path.realpath(settings.OUTPUT_DIR))  # of a link, what it points to
     unfinished = Path(f"{output}.unfinished")
-    problem = ""
+    faults = []
     for name in ("TRAIN_DIR", "VALIDATION_DIR", "MODEL_ID", "START_FROM"):
         folder = getattr(settings, name)
         if not os.path.isdir(folder):
@@ -507,15 +515,14 @@ def check_output_dir(settings: argparse.Namespace) -> list[str]:
         is_inside = output.is_relative_to(folder)
         contains = folder.is_relative_to(output) or folder.is_relative_to(unfinished)
         if is_inside or contains:
-            problem = f"is inside {name}, or contains it"
+            faults.append(f"is inside {name}, or contains it")
 
     if Path.cwd().is_relative_to(output):
-        problem = "is the current folder, or contains it"
+        faults.append("is the current folder, or contains it")
     elif os.path.ismount(output):
-        problem = "is a mount point, which can't be renamed"
-    if not problem:
-        return []
-    return [f"OUTPUT_DIR {settings.OUTPUT_DIR!r} {problem}; name a folder of its own."]
+        faults.append("is a mount point, which can't be renamed")
+    name = f"OUTPUT_DIR {settings.OUTPUT_DIR!r}"
+    return [f"{name} {fault}; name a folder of its own." for fault in faults]
 
 
 # ---- Pairs: what the captions are, and which pictures they are for ------------------------------
@@ -533,7 +540,13 @@ class Skipped(NamedTuple):
 
 @dataclasses.dataclass
 class Findings:
-    """What is reported about the data. Readers only append to it."""
+    """What is reported about the data. Readers only append to it.
+
+    This is how a picture is left out: whoever can't use it calls `skip` with the reason, and makes
+    no pair of it. That is a reader of a layout, or, for a picture that can't be decoded,
+    `decode_pictures`; `list_readable` then leaves out the pairs of those. All of it is printed
+    (print_findings), and ends up in skipped.csv.
+    """
 
     skipped: list[Skipped] = dataclasses.field(default_factory=list)  # what is not used
     joined: list[str] = dataclasses.field(default_factory=list)  # captions of several lines
@@ -604,33 +617,47 @@ def print_skipped(skipped: Iterable[Skipped], show_all: bool) -> None:
 
 WEB_PAGE = "is a web page (a failed download?); download the file again"
 XML = "is XML (an SVG, or a failed download); save a picture as JPEG, or download the file again"
+ARCHIVE = (
+    "is a spreadsheet, an Office document or a ZIP file; save it as CSV or plain text, or unpack it"
+)
+OLD_OFFICE = "is an old spreadsheet or Office document; save it as CSV or plain text"
+HEIC = "is HEIC, which is not read; save it as JPEG"
+VIDEO_OR_SOUND = "is a video or sound; remove it"
 PICTURE = "is a picture, not text"
 FIRST_BYTES = (  # of files that are often found in the place of another: what they are, what to do
-    (b"version https://git-lfs", "is a Git LFS pointer; run `git lfs pull` to get the file"),
-    (b"/annex/objects/", "is a git-annex pointer; run `git annex get` to get the file"),
-    (b"<!doctype html", WEB_PAGE),
-    (b"<html", WEB_PAGE),
-    (b"<?xml", XML),
-    (b"<svg", XML),
-    (b"{\\rtf", "is RTF; save it as plain text"),
-    (
-        b"PK\x03\x04",
-        "is a spreadsheet, an Office document or a ZIP file; save it as CSV or plain text",
-    ),
-    (b"\xd0\xcf\x11\xe0", "is an old spreadsheet or Office document; save it as CSV or plain text"),
-    (b"%PDF-", "is a PDF; save pictures as JPEG, text as plain text"),
-    (b"\x1f\x8b", "is a gzip archive; unpack it"),
-    (b"\x89PNG", PICTURE),
-    (b"\xff\xd8\xff", PICTURE),
+    (rb"version https://git-lfs", "is a Git LFS pointer; run `git lfs pull` to get the file"),
+    (rb"/annex/objects/", "is a git-annex pointer; run `git annex get` to get the file"),
+    (rb"<!doctype html", WEB_PAGE),
+    (rb"<html", WEB_PAGE),
+    (rb"<\?xml", XML),
+    (rb"<svg", XML),
+    (rb"\{\\rtf", "is RTF; save it as plain text"),
+    (rb"PK\x03\x04", ARCHIVE),
+    (rb"\xd0\xcf\x11\xe0", OLD_OFFICE),
+    (rb"%!PS-Adobe", "is PostScript; save it as JPEG"),
+    (rb"P[1-6]\s+\d+\s+\d+\s", "is a PPM, which is not read; save it as JPEG"),
+    (rb"%PDF-", "is a PDF; save pictures as JPEG, text as plain text"),
+    (rb"\x1f\x8b", "is a gzip archive; unpack it"),
+    (rb"\x89PNG", PICTURE),
+    (rb"\xff\xd8\xff", PICTURE),  # JPEG
+    (rb"GIF8[79]a.{6}\0", PICTURE),
+    (rb"II\*\0", PICTURE),  # TIFF
+    (rb"MM\0\*", PICTURE),
+    (rb"RIFF....WEBP", PICTURE),
+    (rb"RIFF....(AVI |WAVE)", VIDEO_OR_SOUND),
+    (rb"\0...ftypavi[fs]", PICTURE),
+    (rb"\0...ftyp(hei|hev|mif1)", HEIC),
+    (rb"\0...ftyp", VIDEO_OR_SOUND),
 )
 
 
 def recognize(first_bytes: bytes) -> str:
     """What a file is that was meant to be another, and what to do; "": nothing is known of it."""
-    start = first_bytes.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for signature, what in FIRST_BYTES:
-        if start.startswith(signature.lower()):
-            return what
+    without_space = first_bytes.removeprefix(b"\xef\xbb\xbf").lstrip()  # before text
+    for pattern, meaning in FIRST_BYTES:
+        for start in (first_bytes, without_space):
+            if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
+                return meaning
     return ""
 
 
@@ -705,31 +732,35 @@ def list_files(folder: str, findings: Findings) -> Iterator[str]:
             yield os.path.join(parent, name)
 
 
-def loosen(name: str) -> str:
-    """A file's name without what people get wrong: its case, and %20 for a space."""
-    name = unicodedata.normalize("NFC", urllib.parse.unquote(name))
-    return name.rpartition("/")[2].casefold()
+def list_loose_forms(name: str) -> list[str]:
+    """A file's name without what people get wrong, the nearest form first.
+
+    That is its case, %20 for a space, its extension (both of a.jpg.txt), and its folder.
+    """
+    loose = unicodedata.normalize("NFC", urllib.parse.unquote(name)).replace("\\", "/").casefold()
+    stem, _ = os.path.splitext(loose)
+    forms = [loose, stem]
+    inner_stem, inner_extension = os.path.splitext(stem)
+    if is_picture_extension(inner_extension):
+        forms.append(inner_stem)
+    without_folder = [form.rpartition("/")[2] for form in forms]
+    return forms + without_folder
 
 
 class NearNames:
     """Files by what people may call them. Only to name a file in a reason, never to use it."""
 
-    def __init__(self, paths: Iterable[str]) -> None:
-        self.paths = {}
-        for path in paths:
-            name = loosen(path)
-            stem, extension = os.path.splitext(name)
-            if is_picture_extension(os.path.splitext(stem)[1]):  # a.jpg.txt may be for a.jpg
-                self.paths[os.path.splitext(stem)[0]] = path
-            self.paths[stem] = path
-            self.paths[name] = path
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = {}
+        for name in names:
+            for form in list_loose_forms(name):
+                self.names.setdefault(form, name)
 
     def describe(self, name: str) -> str:
         """The end of a reason: that there is a file with nearly this name; "": there is none."""
-        loose = loosen(name)
-        for key in (loose, os.path.splitext(loose)[0]):
-            if key in self.paths:
-                return f"; there is {self.paths[key]!r}"
+        for form in list_loose_forms(name):
+            if form in self.names:
+                return f"; there is {self.names[form]!r}"
         return ""
 
 
@@ -793,8 +824,8 @@ def read_caption(path: str) -> CaptionFile:
         text = raw.decode("utf-16" if is_utf16 else "utf-8")
     except UnicodeDecodeError:
         return unusable("is not in UTF-8; save it in UTF-8, the README says how")
-    if "\0" in text:
-        return unusable("is not text in UTF-8")
+    if "\0" in text:  # in UTF-8 each letter of UTF-16 is followed by one
+        return unusable("is not text in UTF-8 (but in UTF-16, or no text); save it in UTF-8")
 
     caption = clean_caption(text)
     if not caption:
@@ -810,7 +841,7 @@ def list_possible_captions(
     names = []
     for name, files in captions.items():
         if name not in pictures:
-            names.append(os.path.basename(files[0]))
+            names.append(name + os.path.splitext(files[0])[1])
     for path in findings.not_pictures:
         if os.path.splitext(path)[1].lower() in TEXT_EXTENSIONS:
             names.append(os.path.basename(path))
@@ -825,9 +856,11 @@ def list_possible_pictures(
     for name, files in pictures.items():
         if name in captions:
             continue
-        file_name = os.path.basename(files[0])
-        is_folder = os.path.splitext(file_name)[0] != name.rpartition("/")[2]
-        names.append(f"Image/{name}" if is_folder else file_name)
+        stem, extension = os.path.splitext(files[0])
+        if os.path.basename(stem) == os.path.basename(name):
+            names.append(name + extension)
+        else:  # the name is that of the folder
+            names.append(f"Image/{name}")
     return names
 
 
@@ -884,8 +917,10 @@ def read_folders(folder: str, findings: Findings) -> list[Pair]:
         if extension.lower() == ".txt" and "/" not in name:
             captions[name].append(path)
         else:
-            is_table = is_table_name(os.path.basename(path)) and extension.lower() != ".txt"
-            findings.skip(path, TABLE_BELOW if is_table else "is not caption/<name>.txt")
+            reason = "is not caption/<name>.txt"
+            if is_table_name(os.path.basename(path)) and extension.lower() != ".txt":
+                reason = TABLE_BELOW
+            findings.skip(path, reason)
 
     pictures = defaultdict(list)
     root = os.path.join(folder, "Image")
@@ -957,6 +992,10 @@ CAPTION_COLUMNS = ("text", "caption", "comment")
 WANTED_COLUMNS = "the columns file_name and text (or image and caption)"
 
 
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+JSON_EXAMPLE = '{"file_name": "a.jpg", "text": "a rose"}'
+
+
 def is_table_name(name: str) -> bool:
     """metadata.csv, captions.txt, captions_val2017.json and the like, in any case."""
     stem, extension = os.path.splitext(name.casefold())
@@ -964,14 +1003,18 @@ def is_table_name(name: str) -> bool:
     return is_named and extension in (".csv", ".tsv", ".txt", ".json", ".jsonl")
 
 
-def find_columns(names: Iterable[Any]) -> tuple[Any, Any] | None:
+def find_columns(path: str, names: Iterable[Any]) -> tuple[Any, Any] | None:
     """The two of these column names that are those of files and captions; None: they aren't there.
 
-    Returned as they are written, in whatever case.
+    Returned as they are written, in whatever case. A column text goes before one called caption.
+    Raises UserError where there are two of one name.
     """
     by_plain_name = {}
     for name in names:
-        by_plain_name.setdefault(str(name).strip(BLANK).casefold(), name)
+        plain_name = str(name).strip(BLANK).casefold()
+        if plain_name in by_plain_name and plain_name in FILE_COLUMNS + CAPTION_COLUMNS:
+            raise UserError(f"{path!r} has two columns {name!r}: rename or remove one of them.")
+        by_plain_name[plain_name] = name
     file_columns = [by_plain_name[name] for name in FILE_COLUMNS if name in by_plain_name]
     caption_columns = [by_plain_name[name] for name in CAPTION_COLUMNS if name in by_plain_name]
     if not file_columns or not caption_columns:
@@ -1002,33 +1045,46 @@ def read_rows(path: str) -> Iterator[TableRow]:
     return read_csv_rows(path, text)
 
 
+class Header(NamedTuple):
+    """The first row of a CSV file, and a csv.reader for the rows after it."""
+
+    cells: list[str]
+    reader: Any
+
+
+def read_header(text: str, delimiter: str) -> Header:
+    """The header of a CSV file, if its cells are delimited so. Raises csv.Error, StopIteration."""
+    first_line = text.lstrip().splitlines()[0]
+    # Flickr30k's table has no quotes around its cells, and quotes in its captions.
+    is_unquoted = delimiter == "|" and '"' not in first_line
+    if not is_unquoted:
+        text = re.sub(r'(?<!")" +(?=[,;|\t\r\n])', '"', text)  # no spaces after a closing quote
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        quoting=csv.QUOTE_NONE if is_unquoted else csv.QUOTE_MINIMAL,
+        skipinitialspace=True,
+        strict=True,
+    )
+    cells = next(row for row in reader if any(cell.strip() for cell in row))
+    if first_line.lower().startswith("sep="):  # a line of Excel's own
+        cells = next(reader)
+    return Header(cells, reader)
+
+
 def read_csv_rows(path: str, text: str) -> Iterator[TableRow]:
     """The rows of a CSV file. The delimiter is the one that gives the header both columns."""
-    first_line = text.lstrip().splitlines()[0]
-    has_separator_line = first_line.lower().startswith("sep=")  # Excel's own
-    without_spaces = re.sub(r'(?<!")" +(?=[,;|\t\r\n])', '"', text)  # after a closing quote
     widest_header: list[str] = []
-    for delimiter in (",", ";", "\t", "|"):
-        # Flickr30k's table has no quotes around its cells, and quotes in its captions.
-        is_unquoted = delimiter == "|" and '"' not in first_line
-        reader = csv.reader(
-            io.StringIO(text if is_unquoted else without_spaces, newline=""),
-            delimiter=delimiter,
-            quoting=csv.QUOTE_NONE if is_unquoted else csv.QUOTE_MINIMAL,
-            skipinitialspace=True,
-            strict=True,
-        )
+    for delimiter in DELIMITERS:
         try:
-            header = next(row for row in reader if any(cell.strip() for cell in row))
-            if has_separator_line:
-                header = next(reader)
+            header = read_header(text, delimiter)
         except (csv.Error, StopIteration):
             continue
-        columns = find_columns(header)
+        columns = find_columns(path, header.cells)
         if columns:
-            return read_cells(path, reader, header, columns)
-        if len(header) > len(widest_header):
-            widest_header = header
+            return read_cells(path, header, columns)
+        if len(header.cells) > len(widest_header):
+            widest_header = header.cells
 
     raise UserError(
         f"{path!r} has the columns {widest_header[:20]}, and needs {WANTED_COLUMNS}. Rename the "
@@ -1036,16 +1092,19 @@ def read_csv_rows(path: str, text: str) -> Iterator[TableRow]:
     )
 
 
-def read_cells(
-    path: str, reader: Any, header: list[str], columns: tuple[str, str]
-) -> Iterator[TableRow]:
-    """The rows of a csv.reader after its header."""
-    file_index = header.index(columns[0])
-    caption_index = header.index(columns[1])
-    width = len(header)
-    while not header[width - 1].strip():  # spreadsheets write empty columns
+def read_cells(path: str, header: Header, columns: tuple[str, str]) -> Iterator[TableRow]:
+    """The rows after the header. `columns` are the names of those of files and captions."""
+    file_index = header.cells.index(columns[0])
+    caption_index = header.cells.index(columns[1])
+    width = len(header.cells)
+    while not header.cells[width - 1].strip():  # spreadsheets write empty columns
         width -= 1
 
+    reader = header.reader
+    delimiter = DELIMITERS[reader.dialect.delimiter]
+    remedy = f"put quotes around a caption with {delimiter}"
+    if reader.dialect.quoting == csv.QUOTE_NONE:
+        remedy = f"a caption can't have {delimiter} in it"
     next_line = reader.line_num + 1  # where the next row starts, as an editor counts lines
     try:
         for row in reader:
@@ -1055,11 +1114,10 @@ def read_cells(
                 continue
             problem = ""
             if any(cell.strip() for cell in row[width:]):
-                problem = (
-                    "it has more cells than the header; put quotes around a caption with commas"
-                )
+                problem = f"it has more cells than the header has names; {remedy}"
             elif len(row) <= max(file_index, caption_index):
-                problem = f"it has {len(row)} cells, and the header {width}"
+                cells = count_of(len(row), "cell", "cells")
+                problem = f"it has {cells}, and the header {width}"
                 row = row + [""] * width  # so that both cells exist
             file_name = row[file_index].strip(BLANK)
             caption = row[caption_index].strip(BLANK)
@@ -1098,6 +1156,11 @@ def parse_values(path: str, text: str) -> Iterator[tuple[str, Any]]:
                 f"{path!r} can't be read from line {line} on: line {error.lineno} is not JSON "
                 f"({error.msg}). Write one object per line, or one array of objects."
             ) from error
+        except RecursionError as error:
+            raise UserError(
+                f"{path!r} can't be read from line {line} on: too many brackets in brackets. Write "
+                f"one object such as {JSON_EXAMPLE} for each picture."
+            ) from error
         yield f"line {line}", value
         next_position = between.match(text, end).end()
         line += text.count("\n", position, next_position)
@@ -1110,14 +1173,18 @@ def read_objects(path: str, objects: Iterable[tuple[str, Any]]) -> Iterator[Tabl
     for place, item in objects:
         if not isinstance(item, dict):
             raise UserError(
-                f"{path!r}, {place}: one object such as "
-                '{"file_name": "a.jpg", "text": "a rose"} is wanted for each picture.'
+                f"{path!r}, {place}: one object such as {JSON_EXAMPLE} is wanted for each picture."
             )
-        columns = find_columns(item)
+        columns = find_columns(path, item)
         if is_first and not columns:
             raise UserError(
-                f"{path!r} has the columns {list(item)[:20]}, and needs {WANTED_COLUMNS}: rename "
-                "them."
+                f"{path!r} has the columns {list(item)[:20]}, and needs {WANTED_COLUMNS}. Rename "
+                f"them, or write one object such as {JSON_EXAMPLE} for each picture."
+            )
+        if is_first and isinstance(item[columns[0]], (dict, list)):  # all rows in one object
+            raise UserError(
+                f"{path!r} holds columns, not rows: one object such as {JSON_EXAMPLE} is wanted "
+                'for each picture. With pandas: to_json(path, orient="records").'
             )
         is_first = False
         if not columns:
@@ -1130,30 +1197,40 @@ def read_objects(path: str, objects: Iterable[tuple[str, Any]]) -> Iterator[Tabl
 
 
 def read_coco(path: str, content: dict[str, Any]) -> Iterator[TableRow]:
-    """The rows of COCO's caption file, which names pictures by number."""
-    names = {}
+    """The rows of COCO's caption file, which names pictures by number. Raises UserError."""
+    images = content["images"]
     annotations = content["annotations"]
-    try:
-        for image in content["images"]:
-            name = names.setdefault(image["id"], image["file_name"])
-            if name != image["file_name"]:
+    for items, key in ((images, "id"), (images, "file_name"), (annotations, "image_id")):
+        for number, item in enumerate(items, 1):
+            if not isinstance(item, dict) or key not in item:
+                kind = "image" if items is images else "annotation"
                 raise UserError(
-                    f"{path!r} gives two pictures the id {image['id']!r}: {name!r} and "
-                    f"{image['file_name']!r}. Give each an id of its own."
+                    f"{path!r} looks like a file of COCO, but its {kind} {number} has no {key!r}. "
+                    "Add it, or download the file again."
                 )
-        has_captions = all("caption" in annotation for annotation in annotations)
-    except (KeyError, TypeError):
-        has_captions = False
     if not annotations:
         raise UserError(f"{path!r} has no rows: no captions are in it. Download it again.")
-    if not has_captions:
+    if not any("caption" in annotation for annotation in annotations):
         raise UserError(
             f"{path!r} looks like a file of COCO, but has no captions: take the one called "
             "captions_..."
         )
+
+    names = {}
+    for image in images:
+        name = names.setdefault(str(image["id"]), image["file_name"])
+        if name != image["file_name"]:
+            raise UserError(
+                f"{path!r} gives two pictures the id {image['id']!r}: {name!r} and "
+                f"{image['file_name']!r}. Give each an id of its own."
+            )
     for number, annotation in enumerate(annotations, 1):
-        file_name = names.get(annotation.get("image_id"))
-        yield TableRow(f"annotation {number}", file_name, [annotation.get("caption")], "")
+        image_id = annotation["image_id"]
+        problem = ""
+        if str(image_id) not in names:
+            problem = f"no image has the id {image_id!r}"
+        file_name = names.get(str(image_id))
+        yield TableRow(f"annotation {number}", file_name, [annotation.get("caption")], problem)
 
 
 class Lookup(NamedTuple):
@@ -1197,7 +1274,17 @@ class FileFinder:
         if key.startswith("../"):
             reason = "it points outside the folder; copy the picture into it"
             return Lookup(key, "", reason + self.near_names.describe(key))
+        if has_foreign_bytes(key):
+            return Lookup(key, "", f"the file name {NOT_UTF8}")
         return Lookup(key, "", f"there is no such file{self.near_names.describe(key)}")
+
+
+NOT_UTF8 = "is not in UTF-8; save the table in UTF-8, the README says how"
+
+
+def has_foreign_bytes(text: str) -> bool:
+    """Whether the text was read from bytes that are not UTF-8."""
+    return re.search(r"[\udc80-\udcff]", text) is not None
 
 
 def find_fault(caption: Any) -> str:
@@ -1206,8 +1293,10 @@ def find_fault(caption: Any) -> str:
         return "the caption is empty"
     if not isinstance(caption, str):
         return "the caption is not text"
-    if re.search(r"[\ud800-\udfff]", caption):
-        return "the caption is not in UTF-8; save the table in UTF-8, the README says how"
+    if has_foreign_bytes(caption):
+        return f"the caption {NOT_UTF8}"
+    if re.search(r"[\ud800-\udfff]", caption):  # as JSON may write it
+        return "the caption has half of a character, such as a cut emoji; write it whole"
     if not clean_caption(caption):
         return "the caption is empty: there is no letter, digit or symbol in it"
     return ""
@@ -1341,6 +1430,8 @@ def describe_near_layout(folder: str) -> str:
             is_near = stem.rstrip("s") == wanted.casefold()
             if is_near and wanted not in names and os.path.isdir(os.path.join(folder, name)):
                 return f" There is {name!r}: rename it to {wanted!r}."
+    if "caption" in names and "Image" not in names:
+        return " There is caption/, but no Image/ for the pictures."
     return ""
 
 
@@ -1409,12 +1500,13 @@ def read_picture(path: str, side: int) -> Image.Image:
         picture.draft(None, (2 * side, 2 * side))
         white_is_zero = getattr(picture, "tag_v2", {}).get(262) == 0  # of TIFF
         is_inverted = white_is_zero and picture.mode.startswith("I;16")  # Pillow forgets these
-        is_large = picture.width * picture.height > LARGE_PIXELS
-        with LARGE_PICTURE if is_large else contextlib.nullcontext():
-            if is_large:
+        if picture.width * picture.height > LARGE_PIXELS:
+            with LARGE_PICTURE:  # one at a time: a thread that comes later waits
                 picture = reduce_picture(picture, side)
-            upright = convert_to_rgb(ImageOps.exif_transpose(picture))
-            return ImageOps.invert(upright) if is_inverted else upright
+        upright = convert_to_rgb(ImageOps.exif_transpose(picture))
+        if is_inverted:
+            upright = ImageOps.invert(upright)
+        return upright
 
 
 def reduce_picture(picture: Image.Image, side: int) -> Image.Image:
@@ -1438,12 +1530,15 @@ def convert_to_rgb(picture: Image.Image) -> Image.Image:
         grey = np.asarray(picture).astype(np.float32) / 257
         picture = Image.fromarray(grey.round().astype(np.uint8))
     if picture.mode in ("I", "F"):
-        raise ValueError("it has 32 bits for each pixel; save it with 8 or 16")
+        raise ValueError(
+            "its pixels are 32-bit or negative numbers, whose range is not known; save it with 8 "
+            "bits, or 16 without sign"
+        )
 
     alpha = None
     if picture.has_transparency_data:
         alpha = picture.convert("RGBA").getchannel("A")
-    if picture.mode in ("1", "L", "LA"):  # a profile is for grey
+    if picture.mode in ("1", "L", "LA"):  # stays grey: its profile is one for grey
         picture = picture.convert("L")
     elif picture.mode != "CMYK":
         picture = picture.convert("RGB")
@@ -1503,8 +1598,20 @@ def explain_unreadable(path: str, error: Exception) -> str:
         return "is empty: the file has no content; copy or download it again"
     other_kind = recognize(first_bytes)
     if other_kind == PICTURE:
-        return "is damaged after its first bytes; copy or download it again"
-    return other_kind or f"is not a {', '.join(PICTURE_FORMATS)}; save it as JPEG"
+        return (
+            "is damaged after its first bytes, or of a rare kind; copy or download it again, or "
+            "save it as JPEG"
+        )
+    if other_kind:
+        return other_kind
+    if is_text(first_bytes):
+        return "is text, not a picture (a failed download?); download it again"
+    return f"is not a {', '.join(PICTURE_FORMATS)}; if it is a picture, save it as JPEG"
+
+
+def is_text(first_bytes: bytes) -> bool:
+    """Whether a file begins with printable ASCII."""
+    return re.fullmatch(rb"[\t\n\r\x20-\x7e]+", first_bytes) is not None
 
 
 class Decoded(NamedTuple):
@@ -1679,21 +1786,24 @@ class RowBuilder:
         if self.is_t5:
             input_ids = [self.prompt_ids for _ in labels]  # all the same: nothing to pad or mask
             decoder_input_ids = [[self.start_id, *ids[:-1]] for ids in padded]
-            output_length = longest
-            first = 0  # the position in its row where the first target is predicted
+            # The decoder's output has only the caption, whose first token its start predicts.
+            row_length = longest
+            first_position = 0
         else:  # causal: no token sees the padding to its right, so that it needs no mask
             input_ids = [self.prompt_ids + ids for ids in padded]
             decoder_input_ids = [[] for _ in labels]
-            output_length = self.num_query_tokens + len(self.prompt_ids) + longest
-            first = output_length - longest - 1  # each token is predicted by the one before it
+            # The output has picture, prompt and caption; each token predicts the one after it.
+            length_before = self.num_query_tokens + len(self.prompt_ids)
+            row_length = length_before + longest
+            first_position = length_before - 1
 
         targets = []
         positions = []
         owners = []
         for row, ids in enumerate(labels):
-            start = row * output_length + first
+            position = row * row_length + first_position
             targets += ids
-            positions += range(start, start + len(ids))
+            positions += range(position, position + len(ids))
             owners += [row] * len(ids)
 
         def to_tensor(values: list) -> torch.Tensor:
@@ -1753,11 +1863,11 @@ class Captioner:
 
     def send_batch(self, batch: Batch) -> Batch:
         """To the device: all integers in one copy, then the features."""
-        integers = batch[:-1]
+        *integers, features = batch
         together = torch.cat([tensor.flatten() for tensor in integers])
         parts = self.send(together).split([tensor.numel() for tensor in integers])
         sent = [part.view_as(tensor) for part, tensor in zip(parts, integers, strict=True)]
-        return Batch(*sent, self.send(batch.features))
+        return Batch(*sent, self.send(features))
 
     def feature_shape(self) -> tuple[int, int]:
         """The shape of one picture's features, see `encode`."""
@@ -1770,10 +1880,11 @@ class Captioner:
 
     @torch.no_grad()
     def encode(self, pixel_values: Sequence[np.ndarray]) -> torch.Tensor:
-        """What comes before the first layer with LoRA, for (3, height, width) each, on the CPU.
+        """The features of pictures, which never change, on the CPU.
 
-        The Q-Former's output, (pictures, num_query_tokens, hidden), or, if the Q-Former is trained,
-        its input, the vision tower's (pictures, patches + 1, width).
+        `pixel_values` are (3, height, width) for each. Features are what the frozen layers before
+        the first one with LoRA make of them: the Q-Former's output, (pictures, num_query_tokens,
+        hidden), or, if the Q-Former is trained, its input, (pictures, patches + 1, width).
         """
 
         def encode_part(part: Sequence[np.ndarray]) -> torch.Tensor:
@@ -1913,41 +2024,60 @@ def has_kernels(major: int, minor: int, architectures: list[str]) -> bool:
     return False
 
 
-def choose_device(
-    name: str, dtype: str, is_t5: bool, parameters: int
-) -> tuple[torch.device, torch.dtype, str]:
-    """Device and dtype for these settings and model, and the reason. Raises UserError."""
-    state = PartialState()
-    if name.startswith("cuda:") and state.num_processes > 1:
+class DeviceChoice(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype  # of all that is not in 4 bits
+    reason: str  # for the user
+
+
+def find_gpu(name: str) -> torch.device:
+    """The GPU that DEVICE names, else that of this process.
+
+    Where there is none, PyTorch says why, in an AssertionError or a RuntimeError.
+    """
+    gpu = torch.device(name if name.startswith("cuda:") else "cuda")
+    accelerates = PartialState().device  # of several processes, each has one
+    if gpu.index is None and accelerates.index is not None:
+        gpu = accelerates
+    torch.cuda.get_device_capability(gpu)  # raises these errors
+    if gpu.index is None:
+        gpu = torch.device("cuda", torch.cuda.current_device())
+    return gpu
+
+
+def choose_dtype(dtype: str, capability: tuple[int, int], is_t5: bool) -> str:
+    """What DTYPE "auto" is on a GPU of this compute capability; on the CPU it is (0, 0)."""
+    if dtype != "auto":
+        return dtype
+    if capability >= (8, 0):  # is_bf16_supported() is true by emulation on older GPUs
+        return "bfloat16"
+    if capability > (0, 0) and not is_t5:
+        return "float16"
+    return "float32"
+
+
+def choose_device(name: str, dtype: str, is_t5: bool, parameters: int) -> DeviceChoice:
+    """Device and dtype for these settings and a model of this size. Raises UserError."""
+    if name.startswith("cuda:") and PartialState().num_processes > 1:
         raise UserError(
             f"DEVICE is {name!r}, but each process takes a GPU of its own: set it to auto."
         )
     device = torch.device("cpu")
-    capability = (0, 0)
     reason = "as DEVICE says"
     if name != "cpu":
-        gpu = torch.device(name if name.startswith("cuda:") else "cuda")
-        if gpu.index is None and state.device.index is not None:
-            gpu = state.device  # the one that accelerate chose for this process
         try:
-            capability = torch.cuda.get_device_capability(gpu)
-            if gpu.index is None:
-                gpu = torch.device("cuda", torch.cuda.current_device())
-            device = gpu
-        except (AssertionError, RuntimeError) as error:  # PyTorch says why there is none
+            device = find_gpu(name)
+        except (AssertionError, RuntimeError) as error:
             reason = f"no GPU: {str(error).splitlines()[0].rstrip('.')}"
-            remedy = "Install a PyTorch with CUDA"
-            if "too old" in reason:
-                remedy = OLD_DRIVER_REMEDY
-            elif "driver" in reason:
-                remedy = "Install NVIDIA's driver"
             if name != "auto" or parameters > MAX_CPU_PARAMETERS:
                 raise UserError(
-                    f"DEVICE is {name!r}, but there is {reason}. {remedy}, or give --device cpu, "
-                    "which is slow with a large model."
+                    f"DEVICE is {name!r}, but there is {reason}. {find_gpu_remedy(reason)}, or "
+                    "give --device cpu, which is slow with a large model."
                 ) from error
 
+    capability = (0, 0)
     if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
         major, minor = capability
         reason = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
         architectures = torch.cuda.get_arch_list()
@@ -1957,18 +2087,22 @@ def choose_device(
                 f"{NO_KERNELS_REMEDY}, or give --device cpu."
             )
 
-    if dtype == "auto":
-        dtype = "float32"
-        if capability >= (8, 0):  # is_bf16_supported() is true by emulation on older GPUs
-            dtype = "bfloat16"
-        elif device.type == "cuda" and not is_t5:
-            dtype = "float16"
+    dtype = choose_dtype(dtype, capability, is_t5)
     if dtype == "float16" and (is_t5 or device.type == "cpu"):
         raise UserError(
             "DTYPE float16 is for OPT on a GPU; T5 overflows in it. Set it to auto; a run that "
             "began in it continues on a GPU, or from scratch with --restart."
         )
-    return device, getattr(torch, dtype), reason
+    return DeviceChoice(device, getattr(torch, dtype), reason)
+
+
+def find_gpu_remedy(reason: str) -> str:
+    """What to do where PyTorch finds no GPU, for this reason."""
+    if "too old" in reason:
+        return OLD_DRIVER_REMEDY
+    if "driver" in reason:
+        return "Install NVIDIA's driver"
+    return "Install a PyTorch with CUDA"
 
 
 def check_model_folder(folder: str) -> None:
@@ -1982,6 +2116,9 @@ def check_model_folder(folder: str) -> None:
             "this folder to train it on"
         )
     if "config.json" not in names:
+        for pattern in ("*/config.json", "*/*/config.json"):  # as in the Hub's cache
+            for config in sorted(path.glob(pattern)):
+                raise ValueError(f"it holds a model in {str(config.parent)!r}: name that folder")
         raise ValueError("there is no config.json in it; download the whole model")
 
     for file in sorted(path.iterdir()):
@@ -2005,15 +2142,8 @@ def check_model_folder(folder: str) -> None:
         raise ValueError("there is no tokenizer.json in it; download the whole model")
     if not names & {"preprocessor_config.json", "processor_config.json"}:
         raise ValueError("there is no preprocessor_config.json in it; download the whole model")
-
     for name in sorted(weights):
-        try:
-            with safe_open(path / name, "pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"{name} is damaged, or half a download ({error}); download it again"
-            ) from error
+        refuse_damaged_weights(path / name)
 
 
 def refuse_damaged_file(path: Path) -> None:
@@ -2022,7 +2152,7 @@ def refuse_damaged_file(path: Path) -> None:
         first_bytes = file.read(100)
     other_kind = recognize(first_bytes)
     if path.suffix in (".json", ".safetensors") and not first_bytes:
-        raise ValueError(f"{path.name} is empty; download it again")
+        raise ValueError(f"{path.name} is empty; download or copy it again")
     if path.suffix in (".json", ".safetensors") and other_kind:
         raise ValueError(f"{path.name} {other_kind}")
     if path.suffix == ".json":
@@ -2032,6 +2162,18 @@ def refuse_damaged_file(path: Path) -> None:
             raise ValueError(
                 f"{path.name} is damaged, or half a download ({error}); download it again"
             ) from error
+
+
+def refuse_damaged_weights(path: Path) -> None:
+    """Raises ValueError if a safetensors file can't be read, OSError. Only its header is read."""
+    refuse_damaged_file(path)
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path.name} is damaged, or half a download ({error}); download or copy it again"
+        ) from error
 
 
 def read_config(model_id: str) -> Blip2Config:
@@ -2063,12 +2205,13 @@ def read_processor(model_id: str, config: Blip2Config) -> Blip2Processor:
     image_processor = transformers.BlipImageProcessorPil.from_pretrained(model_id)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
 
-    size = image_processor.size["height"]
     image_size = config.vision_config.image_size
-    if size != image_size:
+    not_square = Image.new("RGB", (image_size + 1, image_size + 2))
+    _, height, width = image_processor(not_square).pixel_values[0].shape
+    if (height, width) != (image_size, image_size):
         raise ValueError(
-            f"its processor makes pictures of {size} pixels, and its vision tower reads "
-            f"{image_size}. Take both from the same model"
+            f"its processor makes pictures of {width} x {height} pixels, and its vision tower "
+            f"reads {image_size} x {image_size}. Take both from the same model"
         )
     vocabulary = config.text_config.vocab_size
     largest_id = max(tokenizer.get_vocab().values(), default=-1)
@@ -2117,6 +2260,14 @@ def load_model(
     wrong = sorted(str(key) for key in loading["missing_keys"] | loading["mismatched_keys"])
     if wrong:
         raise ValueError(f"weights are missing or of another shape: {wrong[0]}")
+    layers = {name.rpartition(".")[0] for name in model.state_dict()}
+    for key in sorted(loading["unexpected_keys"]):
+        layer = re.match(r".*\.layers?\.\d+\.", key)
+        if layer and not any(name.startswith(layer[0]) for name in layers):
+            raise ValueError(
+                f"its weights have a layer that config.json does not name ({key}); take both from "
+                "the same model"
+            )
 
     for module in model.modules():
         # With avx512_bf16, bitsandbytes would repack 4-bit weights in place in the first forward
@@ -2148,7 +2299,10 @@ def explain_loading_error(model_id: str, error: Exception) -> str:
     if os.path.exists(model_id):
         return f"can't load MODEL_ID {model_id!r}: it is a file. Name the folder of a model."
     if model_id.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id):
-        return f"can't load MODEL_ID {model_id!r}: there is no such folder."
+        return (
+            f"can't load MODEL_ID {model_id!r}: there is no such folder, and a name on the Hub "
+            "looks like Salesforce/blip2-opt-2.7b."
+        )
     return (
         f"{sentence} There is no such folder, so it was looked up on the Hub: check the name and "
         "the network; a private model needs `hf auth login`."
@@ -2301,18 +2455,21 @@ def read_start(path: str, length: int) -> bytes:
         return file.read(length)
 
 
-def list_known(folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> set[str]:
-    """Names of the feature files in a folder that are whole: all have one size, and one header."""
+def list_whole_files(folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> set[str]:
+    """Names of the files in a folder that hold whole features: all have one size and one header.
+
+    To load each of them would take minutes.
+    """
     whole = save({"features": torch.zeros(shape, dtype=dtype)})
     header = whole[: len(whole) - math.prod(shape) * dtype.itemsize]
-    known = set()
+    names = set()
     for entry in os.scandir(folder):
         try:
             if entry.stat().st_size == len(whole) and read_start(entry.path, len(header)) == header:
-                known.add(entry.name)
+                names.add(entry.name)
         except FileNotFoundError:  # another run has just renamed it
             continue
-    return known
+    return names
 
 
 def encode_pictures(
@@ -2327,10 +2484,12 @@ def encode_pictures(
     state = PartialState()
     files = {picture: folder / feature_name(picture, root) for picture in pictures}
     shape = captioner.feature_shape()
-    known = list_known(folder, shape, captioner.dtype)
+    known = list_whole_files(folder, shape, captioner.dtype)
     new = [picture for picture, file in files.items() if file.name not in known]
     # The first process decides, since another run may be writing into the folder.
-    [new] = broadcast_object_list([new])
+    decided = [new]
+    broadcast_object_list(decided)  # in place
+    new = decided[0]
     print(f"pictures: {len(new)} to encode, {len(files) - len(new)} known from an earlier run")
     if state.is_main_process:
         refuse_full_disk(folder, len(new) * math.prod(shape) * captioner.dtype.itemsize)
@@ -2563,11 +2722,11 @@ class HardWords(NamedTuple):
 def average_by_word(tokenizer: Any, text: str, losses: list[float]) -> dict[str, float]:
     """The mean loss of each word of a text. `losses` are those of its tokens and the stop token."""
     encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    losses_of = defaultdict(list)
+    losses_by_word = defaultdict(list)
     for word_id, loss in zip(encoding.word_ids(), losses[:-1], strict=False):  # it may be cut
         start, end = encoding.word_to_chars(word_id)
-        losses_of[text[start:end].strip()].append(loss)
-    return {word: sum(losses) / len(losses) for word, losses in losses_of.items()}
+        losses_by_word[text[start:end].strip()].append(loss)
+    return {word: sum(losses) / len(losses) for word, losses in losses_by_word.items()}
 
 
 def find_hard_words(captioner: Captioner, dataset: ImageCaptioningDataset) -> HardWords:
@@ -2580,17 +2739,17 @@ def find_hard_words(captioner: Captioner, dataset: ImageCaptioningDataset) -> Ha
             text = row_builder.space + example.caption
             by_caption.append(average_by_word(row_builder.tokenizer, text, losses))
 
-    losses_of = defaultdict(list)
+    losses_by_word = defaultdict(list)
     all_losses = []
     for averages in gather_object(by_caption):
         for word, loss in averages.items():
-            losses_of[word].append(loss)
+            losses_by_word[word].append(loss)
             all_losses.append(loss)
 
-    few = max(5, 0.05 * len(dataset))
+    fewest = max(5, 0.05 * len(dataset))
     means = {}
-    for word, losses in losses_of.items():
-        if len(losses) >= few and any(character.isalnum() for character in word):
+    for word, losses in losses_by_word.items():
+        if len(losses) >= fewest and any(character.isalnum() for character in word):
             means[word] = sum(losses) / len(losses)
     hardest = sorted(means, key=lambda word: -means[word])[:10]
     mean = sum(all_losses) / len(all_losses) if all_losses else math.nan
@@ -2894,9 +3053,10 @@ def hash_data(settings: argparse.Namespace, data: Data) -> str:
 
 
 def hash_start(settings: argparse.Namespace) -> str:
-    """A hash of the adapter in START_FROM; "": there is none to start from. Raises UserError.
+    """A hash of the adapter in START_FROM; "": there is none to start from.
 
-    What has to be the same there is refused with the values to set.
+    Raises UserError if it does not hold a finished run, or one whose settings for model and LoRA
+    are not those of this run; it names the values to set.
     """
     if not settings.START_FROM:
         return ""
@@ -2908,6 +3068,10 @@ def hash_start(settings: argparse.Namespace) -> str:
             f"START_FROM {str(folder)!r} does not hold a finished run of this script. Name the "
             "OUTPUT_DIR of one."
         )
+    try:
+        refuse_damaged_weights(weights)
+    except ValueError as error:
+        raise UserError(f"START_FROM {str(folder)!r} can't be used: {error}.") from error
     differences = []
     for name in ("MODEL_ID", "LOAD_IN_4BIT", "LORA_RANK", "LORA_ALPHA", "LORA_TARGETS"):
         there = record["settings"][name]
@@ -2988,6 +3152,10 @@ class Run:
     """What a run is recognized by, how far it has come, and where it writes.
 
     It is in `folder` until it is finished, then in `output`, which is OUTPUT_DIR.
+
+    This is what makes a run continue: checkpoint.pt in `folder`, which `save` writes after each
+    epoch, every few minutes and after a signal. `find_checkpoint` loads it, unless --restart is
+    given. `note` then refuses to go on where settings, data or model differ from those in it.
     """
 
     output: Path
@@ -3172,18 +3340,33 @@ def open_run(settings: argparse.Namespace, data: Data) -> Iterator[Run]:
 # ---- Training -----------------------------------------------------------------------------------
 
 
+def count_epoch_steps(pair_count: int, batch_size: int) -> int:
+    """Optimizer steps in an epoch."""
+    return math.ceil(pair_count / batch_size)
+
+
+def count_steps(settings: argparse.Namespace, pair_count: int) -> int:
+    """Optimizer steps in all epochs."""
+    return count_epoch_steps(pair_count, settings.BATCH_SIZE) * settings.EPOCHS
+
+
+def derive_seed(seed: int, number: int) -> int:
+    """A seed for an epoch or a step: SEEDs next to each other share none of them."""
+    return seed * 1_000_003 + number
+
+
 @functools.lru_cache(maxsize=2)  # each step asks for those of its epoch, and of the next step
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """The order of `count` pairs in an epoch: the same whenever it is asked for."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
     return torch.randperm(count, generator=generator).tolist()
 
 
 def pick_pairs(dataset: ImageCaptioningDataset, batch_size: int, seed: int, step: int) -> list[int]:
     """Indices of the pairs of a step, the longest captions first: parts need little padding."""
-    epoch, place = divmod(step, math.ceil(len(dataset) / batch_size))
+    epoch, step_of_epoch = divmod(step, count_epoch_steps(len(dataset), batch_size))
     order = epoch_order(len(dataset), seed, epoch)
-    indices = order[place * batch_size : (place + 1) * batch_size]
+    indices = order[step_of_epoch * batch_size : (step_of_epoch + 1) * batch_size]
     return sorted(indices, key=lambda i: -dataset.token_counts[i])
 
 
@@ -3197,7 +3380,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup_fraction: float) ->
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Within, the first Ctrl-C or SIGTERM is noted in the list. A second one kills at once."""
+    """Within, the first Ctrl-C or SIGTERM is noted in the list. A second one kills at once.
+
+    `train` looks into the list after each step: it saves a checkpoint, and raises Stopped in all
+    processes. Outside of training, Ctrl-C and SIGTERM raise KeyboardInterrupt. `main` tells both.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.getsignal(number) for number in numbers}
     is_main = PartialState().is_main_process
@@ -3217,11 +3404,6 @@ def noted_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def count_steps(settings: argparse.Namespace, pair_count: int) -> int:
-    """Optimizer steps in all epochs."""
-    return math.ceil(pair_count / settings.BATCH_SIZE) * settings.EPOCHS
 
 
 def build_learner(settings: argparse.Namespace, captioner: Captioner) -> Learner:
@@ -3249,8 +3431,9 @@ def measure_before(
         print(f"held-out loss before: {loss:.4f}")
         if not math.isfinite(loss):
             raise UserError(
-                f"the held-out loss before training is {loss}. Set DTYPE to float32; if that does "
-                f"not help, delete {str(feature_folder)!r}, which is computed again."
+                f"the held-out loss before training is {loss}. Set DTYPE to float32. If that does "
+                f"not help, delete {str(feature_folder)!r}, which is computed again; else the "
+                "weights of MODEL_ID are damaged: download them again."
             )
     else:
         print("nothing held out: the last adapter is saved")
@@ -3270,7 +3453,8 @@ def start(
 ) -> tuple[Learner, Progress]:
     """What training continues from: a checkpoint, or a new learner and the first measurement."""
     learner = build_learner(settings, captioner)
-    if captioner.device.type == "cuda":  # a backward makes cuBLAS's handles, while there is room
+    if captioner.device.type == "cuda":
+        # cuBLAS takes memory of its own in the first backward pass: while there is room for it.
         learner.backward([datasets.training[0]], 1)
     if checkpoint:
         learner.load(checkpoint["learner"])
@@ -3304,7 +3488,7 @@ def plan_step(
         indices=pick_pairs(dataset, settings.BATCH_SIZE, settings.SEED, step),
         next_indices=pick_pairs(dataset, settings.BATCH_SIZE, settings.SEED, step + 1),
         rate=learning_rate(step, steps, settings.LEARNING_RATE, settings.WARMUP_FRACTION),
-        seed=settings.SEED * 1_000_003 + step,
+        seed=derive_seed(settings.SEED, step),
         qformer_alone=step < progress.qformer_steps,
     )
 
@@ -3356,7 +3540,8 @@ def refuse_not_finite(result: StepResult, learner: Learner, step: int, pictures:
         remedy += ", or set DTYPE to float32"
     raise UserError(
         f"at step {step} {what}. {remedy}, and give --restart. If that does not help, a file of "
-        "features may be damaged: delete the folder .features, which is computed again."
+        "features may be damaged: delete .features in TRAIN_DIR (or OUTPUT_DIR.features), "
+        "which is computed again."
     )
 
 
@@ -3394,7 +3579,7 @@ def train(
     Raises UserError on a loss that is not finite; Stopped after a signal, when the step is saved.
     """
     dataset = datasets.training
-    epoch_steps = math.ceil(len(dataset) / settings.BATCH_SIZE)
+    epoch_steps = count_epoch_steps(len(dataset), settings.BATCH_SIZE)
     epoch_tokens = sum(dataset.token_counts)
     steps = count_steps(settings, len(dataset))
     is_alone = PartialState().num_processes == 1
@@ -3465,7 +3650,7 @@ def stop_together(signals: list[int]) -> None:
 
 def describe_steps(settings: argparse.Namespace, pair_count: int, progress: Progress) -> str:
     """How many steps there will be, and what to expect of them."""
-    epoch_steps = math.ceil(pair_count / settings.BATCH_SIZE)
+    epoch_steps = count_epoch_steps(pair_count, settings.BATCH_SIZE)
     steps = count_steps(settings, pair_count)
     lines = [f"steps: {steps}, {epoch_steps} per epoch"]
     if progress.step:
@@ -4083,8 +4268,8 @@ def expand_path(path: str) -> list[str]:
 
     "~" is the home folder. A pattern with * is expanded, since Windows' shells don't do it.
     """
-    if re.match(r"\w+://", path):
-        raise UserError(f"{path!r} is a URL. Download the picture, and name the file.")
+    if is_url(path):
+        raise UserError(f"{path!r} is a URL. Download the picture, and name the file by its path.")
     path = os.path.expanduser(path)
     if os.path.lexists(path):
         return [path]
@@ -4115,7 +4300,7 @@ def list_pictures(paths: list[str], findings: Findings) -> list[str]:
     if not pictures:
         reasons = [f"{path!r}: {reason}" for path, reason in findings.skipped[:MAX_NAMED]]
         why = "; ".join(reasons) or f"there is no picture in {paths}"
-        raise UserError(f"nothing to caption. {why}. Name pictures, or folders.")
+        raise UserError(f"nothing to caption: {why}. Name pictures, or folders.")
     return list(pictures)
 
 
@@ -4134,20 +4319,23 @@ def load_trained(settings: argparse.Namespace) -> Captioner:
     output = Path(settings.OUTPUT_DIR)
 
     def refuse(reason: Any) -> UserError:
-        return UserError(
-            f"OUTPUT_DIR {str(output)!r} holds no adapter that can be read: {reason}. Train one "
-            "first, or finish a run with the command that began it."
-        )
+        return UserError(f"OUTPUT_DIR {str(output)!r} holds no adapter that can be read: {reason}.")
 
+    for name in ("settings.json", "adapter_model.safetensors"):
+        if not (output / name).exists():
+            raise refuse(
+                f"there is no {name}. Train one first, or finish a run with the command that "
+                "began it"
+            )
     try:
         text = (output / "settings.json").read_text(encoding="utf-8")
         record = complete_record(json.loads(text))
         trained = argparse.Namespace(**record["settings"])
         dtype = record["dtype"]
-        load_file(output / "adapter_model.safetensors")  # else PEFT would look for it on the Hub
+        refuse_damaged_weights(output / "adapter_model.safetensors")
     except KeyError as error:
         raise refuse(f"settings.json lacks {error}") from error
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise refuse(error) from error
 
     trained.DEVICE = settings.DEVICE
@@ -4176,6 +4364,8 @@ def caption_pictures(settings: argparse.Namespace) -> int:
     """
     findings = Findings()
     pictures = list_pictures(settings.caption, findings)
+    if has_control_character(settings.page):
+        raise UserError(f"--page is {settings.page!r}, {CONTROL_CHARACTER_REMEDY}.")
     page_folder = os.path.dirname(os.path.expanduser(settings.page))
     if page_folder and not os.path.isdir(page_folder):
         raise UserError(f"there is no folder {page_folder!r} for --page. Make it, or name another.")

@@ -82,7 +82,7 @@ def test_what_can_not_be_read_is_named_and_does_not_stop_the_others(caption, sma
     assert code == 1
     assert len(read_captions(out)) == 12
     reasons = dict(re.findall(r"^  (\S+): (.+)$", err, re.M))
-    expected = {f"data/Image/{name}": "is not a JPEG" for name in bad}
+    expected = {f"data/Image/{name}": "is text, not a picture" for name in bad}
     assert_reasons(reasons, expected | {"missing.png": "no such file"})
 
 
@@ -90,7 +90,7 @@ def test_a_folder_without_a_file_is_an_error(caption, tmp_path):
     (tmp_path / "nothing").mkdir()
     code, _, err = caption("nothing")
     assert code == 1
-    assert "there is no picture in ['nothing']" in err
+    assert "nothing to caption: there is no picture in ['nothing']" in err
 
 
 @pytest.mark.parametrize(
@@ -98,16 +98,15 @@ def test_a_folder_without_a_file_is_an_error(caption, tmp_path):
     [
         {},
         {"settings.json": b"[]"},
-        {"adapter_model.safetensors": None, "settings.json": b"{}"},
-        {"adapter_config.json": b"{", "settings.json": None, "adapter_model.safetensors": None},
-        {"adapter_config.json": None, "settings.json": None, "adapter_model.safetensors": b"x"},
+        {"adapter_config.json": None, "adapter_model.safetensors": None},
+        {"adapter_config.json": None, "settings.json": None},
     ],
-    ids=["empty", "no run", "no settings", "broken config", "broken weights"],
+    ids=["empty", "no run", "no settings", "no weights"],
 )
 def test_without_a_finished_run_the_error_says_to_train_first(
     refused, small_data, finished, tmp_path, files
 ):
-    """The files are those of a finished run (None), or damaged."""
+    """The files are those of a finished run (None), or others."""
     for name, content in files.items():
         if content is None:
             content = (finished / name).read_bytes()
@@ -116,6 +115,30 @@ def test_without_a_finished_run_the_error_says_to_train_first(
     error = refused("--caption", str(small_data / "Image"), OUTPUT_DIR=tmp_path / "run")
 
     assert_words(error, (repr(str(tmp_path / "run")), "Train one first"))
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("settings.json", b"{}", "settings.json lacks 'settings'"),
+        ("adapter_config.json", b"{", "it does not fit the base"),
+        ("adapter_model.safetensors", b"x" * 50, "is damaged, or half a download"),
+        ("adapter_model.safetensors", b"", "is empty; download or copy it again"),
+        ("adapter_model.safetensors", LFS_POINTER.encode(), "git lfs pull"),
+    ],
+    ids=["no settings", "broken config", "broken weights", "empty weights", "a pointer"],
+)
+def test_a_damaged_adapter_is_named_as_what_it_is(
+    refused, small_data, finished, tmp_path, name, content, words
+):
+    """It is there: to train one first would not help."""
+    shutil.copytree(finished, tmp_path / "run")
+    write_file(tmp_path / "run" / name, content)
+
+    error = refused("--caption", str(small_data / "Image"), OUTPUT_DIR=tmp_path / "run")
+
+    assert_words(error, (repr(str(tmp_path / "run")), words))
+    assert "Train one first" not in error
 
 
 # ---- New: files that are no pictures ------------------------------------------------------------

@@ -123,7 +123,7 @@ FOLDERS = [
         "text that is named as a picture",
         {"caption/rose.txt": "a rose", "Image/rose/1.png": None, "Image/rose/2.jpg": "a cat"},
         pairs=[("Image/rose/1.png", "a rose")],
-        reasons={"Image/rose/2.jpg": "as JPEG"},
+        reasons={"Image/rose/2.jpg": "is text, not a picture"},
     ),
     Case(
         "hidden files, and those that desktops leave, are not mentioned",

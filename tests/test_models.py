@@ -191,7 +191,41 @@ def quantized(method: str, **options) -> Callable[[Path], None]:
     return edit_config(quantization_config={"quant_method": method, **options})
 
 
+def move_into_snapshot(folder: Path) -> None:
+    """As in the cache of the Hub's library."""
+    inner = folder / "snapshots" / "0123abcd"
+    inner.mkdir(parents=True)
+    for path in list(folder.iterdir()):
+        if path.is_file():
+            path.rename(inner / path.name)
+
+
+def edit_image_processor(**values) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "processor_config.json"
+        config = json.loads(path.read_text())
+        config["image_processor"] |= values
+        path.write_text(json.dumps(config))
+
+    return change
+
+
+def drop_last_layer(folder: Path) -> None:
+    """From the config alone: the weights still have three layers."""
+    config = json.loads((folder / CONFIG).read_text())
+    config["text_config"]["num_hidden_layers"] = 2
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
 DAMAGED_MODELS = [
+    BadModel("a folder of the cache", move_into_snapshot, ("snapshots/0123abcd", "name that")),
+    BadModel("a config with fewer layers", drop_last_layer, ("layers.2.", "config.json")),
+    BadModel(
+        "pictures that are not square",
+        edit_image_processor(size={"height": 64, "width": 96}),
+        ("96 x 64", "64 x 64"),
+    ),
+    BadModel("pictures that are not scaled", edit_image_processor(do_resize=False), ("65 x 66",)),
     BadModel("an empty folder", remove_all, ("config.json",)),
     BadModel("no config", remove(CONFIG), ("config.json",)),
     BadModel("an empty config", write(CONFIG, ""), ("config.json", "empty")),
@@ -274,7 +308,15 @@ def test_what_a_run_has_left_is_no_model_and_its_base_is_named(
 
 @pytest.mark.parametrize(
     "path",
-    ["missing/", "./missing", "../models/blip2", "/models/blip2", "models/blip2/opt"],
+    [
+        "missing/",
+        "./missing",
+        "../models/blip2",
+        "/models/blip2",
+        "models/blip2/opt",
+        "Salesforce/blip2-opt-2.7b@main",
+        "Salesforce/blip2-opt-2.7b/tree/main",
+    ],
 )
 def test_a_model_folder_that_is_not_there_is_no_question_of_the_network(
     refused, small_data, monkeypatch, path

@@ -3,6 +3,7 @@
 Files that were made to do harm are in test_hostile.py.
 """
 
+import io
 import os
 import struct
 import zlib
@@ -110,19 +111,40 @@ def encode_zeros(mode: str, dtype: type) -> bytes:
     return encode_picture(Image.fromarray(np.zeros((48, 64), dtype), mode), "TIFF")
 
 
-NO_KNOWN_FORMAT = f"is not a {', '.join(PICTURE_FORMATS)}; save it as JPEG"
+def encode_signed() -> bytes:
+    """A TIFF whose pixels are numbers of 16 bits with a sign."""
+    picture = Image.fromarray(np.zeros((48, 64), np.uint16))
+    with io.BytesIO() as file:
+        picture.save(file, "TIFF", tiffinfo={339: 2})  # SampleFormat
+        return file.getvalue()
+
+
+NO_KNOWN_FORMAT = f"is not a {', '.join(PICTURE_FORMATS)}; if it is a picture, save it as JPEG"
+DAMAGED = "is damaged after its first bytes"
 
 UNREADABLE = [
-    *(
-        picture_is_not_used(kind, encode_picture(draw_quadrants(), kind), NO_KNOWN_FORMAT)
-        for kind in ("EPS", "PPM", "TGA")
-    ),
+    picture_is_not_used("EPS", encode_picture(draw_quadrants(), "EPS"), "is PostScript"),
+    picture_is_not_used("PPM", encode_picture(draw_quadrants(), "PPM"), "is a PPM"),
+    picture_is_not_used("TGA", encode_picture(draw_quadrants(), "TGA"), NO_KNOWN_FORMAT),
     picture_is_not_used("PDF", encode_picture(draw_quadrants(), "PDF"), "is a PDF"),
-    picture_is_not_used("HEIC", b"\0\0\0\x18ftypheic" + bytes(100), NO_KNOWN_FORMAT),
-    picture_is_not_used("text", b"no picture", NO_KNOWN_FORMAT),
+    picture_is_not_used("HEIC", b"\0\0\0\x18ftypheic" + bytes(100), "is HEIC"),
+    picture_is_not_used("a video", b"\0\0\0\x18ftypisom" + bytes(100), "is a video"),
+    picture_is_not_used("sound", b"RIFF\x24\0\0\0WAVEfmt " + bytes(100), "is a video or sound"),
+    picture_is_not_used("text", b"no picture", "is text, not a picture"),
+    picture_is_not_used("JSON", b'{"error": "not found"}', "is text, not a picture"),
+    picture_is_not_used("a ZIP file", b"PK\x03\x04" + bytes(100), "unpack it"),
+    *(
+        picture_is_not_used(
+            f"the start of a {kind}", encode_picture(draw_quadrants(), kind)[:length], DAMAGED
+        )
+        for kind, length in (("JPEG", 20), ("PNG", 8), ("TIFF", 40), ("AVIF", 40))
+    ),
     picture_is_not_used("zeros", bytes(9999), NO_KNOWN_FORMAT),
     picture_is_not_used(
-        "32 bits", encode_zeros("F", np.float32), "32 bits for each pixel; save it with 8 or 16"
+        "32 bits", encode_zeros("F", np.float32), "its pixels are 32-bit or negative numbers"
+    ),
+    picture_is_not_used(
+        "16 bits with sign", encode_signed(), "its pixels are 32-bit or negative numbers"
     ),
 ]
 

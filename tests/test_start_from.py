@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import Child, on, read_table, send
+from helpers import LFS_POINTER, Child, assert_words, on, read_table, send
 
 SETTINGS = {
     "TRAIN_DIR": "data",
@@ -158,3 +158,23 @@ def test_a_record_without_start_from_is_completed(folder):
     ended = folder.run(OUTPUT_DIR="first")
 
     assert "this run is finished" in ended.out
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"x" * 50, "is damaged, or half a download"),
+        (b"", "is empty"),
+        (LFS_POINTER.encode(), "git lfs pull"),
+    ],
+    ids=["damaged", "empty", "a pointer"],
+)
+def test_a_damaged_adapter_is_named_before_anything_is_encoded(folder, content, words):
+    (folder.path / "first/adapter_model.safetensors").write_bytes(content)
+    shutil.rmtree(folder.path / "data/.features")
+
+    ended = folder.run(OUTPUT_DIR="second", START_FROM="first")
+
+    assert ended.code == 1
+    assert_words(ended.err, ("START_FROM 'first'", words))
+    assert not (folder.path / "data/.features").exists()

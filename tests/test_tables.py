@@ -150,7 +150,7 @@ CELLS = [
         "a row without a caption",
         "file_name,text\na.jpg\nb.jpg,a tulip\n",
         pairs=[("b.jpg", "a tulip")],
-        reasons={"metadata.csv, line 2": ("a.jpg", "1 cells, and the header 2")},
+        reasons={"metadata.csv, line 2": ("a.jpg", "it has 1 cell, and the header 2")},
     ),
     table(
         "letters in Windows-1252",
@@ -163,7 +163,28 @@ CELLS = [
         JSON_LINES.replace("rose", "rose \\ud83d"),
         file="metadata.jsonl",
         pairs=[("b.jpg", "a tulip")],
-        reasons={"metadata.jsonl, line 1": ("a.jpg", "the caption is not in UTF-8")},
+        reasons={"metadata.jsonl, line 1": ("a.jpg", "half of a character")},
+    ),
+    table(
+        "a file name in Windows-1252",
+        "file_name,text\ncaf\xe9.jpg,a rose\nb.jpg,a tulip\n".encode("cp1252"),
+        pairs=[("b.jpg", "a tulip")],
+        reasons={
+            "metadata.csv, line 2": "the file name is not in UTF-8",
+            "a.jpg": "is not in",
+        },
+    ),
+    table(
+        "a caption with the delimiter of the table",
+        "file_name;text\na.jpg;a red; red rose\nb.jpg;a tulip\n",
+        pairs=[("b.jpg", "a tulip")],
+        reasons={"metadata.csv, line 2": ("a.jpg", "put quotes around a caption with semicolons")},
+    ),
+    table(
+        "a caption with the delimiter of a table that knows no quotes",
+        "image_name| comment\na.jpg| a red| red rose\nb.jpg| a tulip\n",
+        pairs=[("b.jpg", "a tulip")],
+        reasons={"metadata.csv, line 2": ("a.jpg", "can't have vertical bars in it")},
     ),
     table(
         "a number in place of a caption",
@@ -500,6 +521,27 @@ DATA_SETS = [
         },
     ),
     Case(
+        "COCO with a caption for an image that is not listed",
+        {
+            "val2017/a.jpg": None,
+            "val2017/b.jpg": None,
+            "captions_val2017.json": coco(TWO_IMAGES, [*COCO_CAPTIONS, (8, "a lily")]),
+        },
+        pairs=COCO_PAIRS,
+        reasons={"captions_val2017.json, annotation 4": "no image has the id 8"},
+    ),
+    Case(
+        "COCO whose annotations have their ids as text",
+        {
+            "val2017/a.jpg": None,
+            "val2017/b.jpg": None,
+            "captions_val2017.json": coco(
+                TWO_IMAGES, [(str(number), caption) for number, caption in COCO_CAPTIONS]
+            ),
+        },
+        pairs=COCO_PAIRS,
+    ),
+    Case(
         "COCO with its table in a folder",
         {
             "val2017/a.jpg": None,
@@ -566,6 +608,22 @@ PLACES = [
     near_name("as in a URL", "red%20rose.jpg", "red rose.jpg"),
     near_name("as in a URL, with an accent", "caf%C3%A9.jpg", "café.jpg"),
     near_name("a bare name in other letters", "A.jpg", "pictures/a.jpg"),
+    Case(
+        "other letters, and the same name in two folders",
+        {
+            "x/a.jpg": None,
+            "y/a.jpg": None,
+            "b.jpg": None,
+            "metadata.csv": "file_name,text\nX/A.JPG,a rose\nY/a.jpg,a rose\nb.jpg,a tulip\n",
+        },
+        pairs=[("b.jpg", "a tulip")],
+        reasons={
+            "metadata.csv, line 2": "there is 'x/a.jpg'",
+            "metadata.csv, line 3": "there is 'y/a.jpg'",
+            "x/a.jpg": "is not in",
+            "y/a.jpg": "is not in",
+        },
+    ),
     Case(
         "a name with a percent sign",
         {"100%20.jpg": None, "b.jpg": None, "metadata.csv": CSV.replace("a.jpg", "100%20.jpg")},
@@ -703,6 +761,48 @@ NO_TABLES = [
     ),
     no_table("JSON of lists", '["a.jpg", "a rose"]\n', "object", file="metadata.jsonl"),
     no_table("an array of lists", '[["a.jpg", "a rose"]]', "object", file="metadata.json"),
+    no_table(
+        "a pandas table by columns",
+        json.dumps({"image": {"0": "a.jpg"}, "text": {"0": "a rose"}}),
+        "holds columns, not rows",
+        'orient="records"',
+        file="metadata.json",
+    ),
+    no_table(
+        "lists by column",
+        json.dumps({"file_name": ["a.jpg"], "text": ["a rose"]}),
+        "holds columns, not rows",
+        file="metadata.json",
+    ),
+    no_table(
+        "rows inside an object",
+        json.dumps({"data": OBJECTS}),
+        "'data'",
+        "one object such as",
+        file="metadata.json",
+    ),
+    no_table(
+        "brackets in brackets", "[" * 100_000, "too many brackets in brackets", file="metadata.json"
+    ),
+    no_table("two columns of one name", "file_name,text,text\na.jpg,a,b\n", "two columns 'text'"),
+    no_table(
+        "COCO with addresses in place of names",
+        coco(TWO_IMAGES, COCO_CAPTIONS).replace("file_name", "coco_url"),
+        "image 1 has no 'file_name'",
+        file="metadata.json",
+    ),
+    no_table(
+        "COCO of two pictures with one id",
+        coco(TWO_IMAGES, COCO_CAPTIONS).replace('"id": 9', '"id": 7'),
+        "two pictures the id 7",
+        file="metadata.json",
+    ),
+    no_table(
+        "COCO's boxes in place of captions",
+        coco(TWO_IMAGES, COCO_CAPTIONS).replace('"caption"', '"bbox"'),
+        "has no captions: take the one called captions_",
+        file="metadata.json",
+    ),
     no_table("JSON of captions by name", '{"a.jpg": "a rose"}', "file_name", file="metadata.json"),
     no_table(
         "an array that is cut off", json.dumps(OBJECTS)[:-20], "can't be read", file="metadata.json"
