@@ -31,7 +31,6 @@ import finetune  # noqa: E402
 
 finetune.DEVICE = "cpu"  # also where there is a GPU; a test for another device names it
 torch.set_num_threads(1)  # several times faster for models as tiny as these
-MISTAKES = pytest.StashKey[list]()
 
 
 def pytest_collection_modifyitems(items):
@@ -46,21 +45,26 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def report(request):
+def report(record_property):
     """report(mistake, usual, ours): a row of the table that is printed after the tests."""
-    rows = request.config.stash.setdefault(MISTAKES, [])
 
     def add_row(mistake: str, usual: str, ours: str) -> None:
-        rows.append((mistake, usual, ours))
+        record_property("mistake", [mistake, usual, ours])
 
     return add_row
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash.get(MISTAKES, [])
+def pytest_terminal_summary(terminalreporter):
+    rows = []
+    for test in terminalreporter.getreports("passed"):
+        _, line, _ = test.location  # several processes of pytest-xdist end in any order
+        for name, row in test.user_properties:
+            if name == "mistake" and test.when == "call":
+                rows.append((line, row))
     if not rows:
         return
-    for row in [("mistake", "usual recipe", "finetune.py"), *rows]:
+    table = [["mistake", "usual recipe", "finetune.py"], *(row for _, row in sorted(rows))]
+    for row in table:
         terminalreporter.write_line("| " + " | ".join(row) + " |")
 
 

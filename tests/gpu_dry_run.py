@@ -135,7 +135,9 @@ class GpuMeter(TorchDispatchMode):
         self.peak = 0  # the most bytes that were alive
         self.launches: Counter[str] = Counter()
         self.reads = 0  # of whole tensors, for which the GPU is waited for
-        self.says_yes = False  # whether questions to the GPU are answered, by yes
+        self.questions = 0  # that the CPU has asked the GPU, such as whether all captions ended
+        self.noes = range(0)  # the numbers of those that are answered by no; all others by yes
+        self.answers_questions = False
 
     def start(self) -> None:
         """Counts from now on; what is alive stays."""
@@ -175,8 +177,9 @@ class GpuMeter(TorchDispatchMode):
         if name == "_pin_memory":  # fake tensors can't be pinned, nor can those of the GPU
             assert devices == {"cpu"}
             return arguments[0]
-        if name == "_local_scalar_dense" and self.says_yes:
-            return True
+        if name == "_local_scalar_dense" and self.answers_questions:
+            self.questions += 1
+            return self.questions not in self.noes
 
         result = function(*arguments, **(named or {}))
         for leaf in tree_leaves(result):
@@ -303,13 +306,23 @@ class DryRun:
         pixel_values = np.zeros((3, side, side), np.float32)
         return self.captioner.encode([pixel_values] * finetune.INFERENCE_BATCH)
 
-    def caption(self, features: torch.Tensor) -> None:
-        """The pictures' captions, which end after one token: all questions are answered by yes."""
+    def caption(self, features: torch.Tensor, tokens: int = 1) -> int:
+        """Captions of so many tokens for these pictures. Returns the launches.
+
+        The last question of a caption of one token is whether it has ended; with more tokens, it is
+        asked again after each.
+        """
+        if tokens > 1:
+            self.caption(features)
+            self.meter.noes = range(self.meter.questions, self.meter.questions + tokens - 1)
         self.meter.start()
-        self.meter.says_yes = True
+        self.meter.questions = 0
+        self.meter.answers_questions = True
         self.captioner.caption(features)
-        self.meter.says_yes = False
-        assert self.meter.launches["argmax"] == 1
+        self.meter.answers_questions = False
+        self.meter.noes = range(0)
+        assert self.meter.launches["argmax"] == tokens
+        return self.meter.launches.total()
 
     def add_learner(self) -> None:
         """Replaces the vision side by LoRA, and takes a step, so that AdamW has its state."""
@@ -428,6 +441,10 @@ def print_step(model: str, targets: str, in_4bit: bool, pairs: int, tokens: int)
             f"sums, norm, AdamW, master to weights: launches {meter.launches.total()}, "
             f"of which {meter.reads} read is waited for"
         )
+        shape = dry_run.captioner.feature_shape()
+        features = torch.zeros(pairs, *shape, dtype=dry_run.captioner.dtype)
+        launches = [dry_run.caption(features, tokens) for tokens in (2, 3)]
+        print(f"each generated token: launches {launches[1] - launches[0]}")
 
 
 def main() -> None:

@@ -4,6 +4,9 @@
 
 Draws pictures whose captions name something that the tiny base was never taught to keep, such as
 the side on which the shape stands. The vision tower's output tells it, the Q-Former's hardly does.
+The tiny base knows few words, so those for the background stand for what is new: "scarlet disc over
+ivory" says that the disc is on the left, "scarlet disc over jet" that it is on the right.
+
 Each of the LORA_TARGETS is trained through the command line of finetune.py, and then captions new
 pictures. The table counts those that are captioned exactly, those with the right word for what is
 new, and those whose other words are right. By chance, half of the new words are right.
@@ -27,53 +30,41 @@ from PIL import Image
 
 SCRIPT = HERE.parent / "finetune.py"
 TARGETS = ("attention", "qformer", "qformer+attention")
-WORDS = {  # what the captions name: the word for a low value, and that for a high one
-    "side": ("left", "right"),
-    "height": ("upper", "lower"),
-    "size": ("small", "large"),
-}
-NEAREST = 0.03  # how far from the middle, of the width of a picture
-FARTHEST = 0.12
+KINDS = ("side", "height")  # of what is new
+LOW, HIGH = "white", "black"  # what stands for left or up, and for right or down
+NEAREST = 0.05  # how far from the middle, of the width of a picture, the shape stands at least
+FARTHEST = 0.12  # and at most: at the edge, the Q-Former's output tells it too
 
 
 class Labeled(NamedTuple):
     """A drawing and its caption."""
 
     picture: Image.Image
-    word: str  # for what is new
-    wording: str  # the rest of the caption
-
-    @property
-    def caption(self) -> str:
-        return f"{self.word} {self.wording}"
+    caption: str  # its last word is the one for what is new
 
 
 def measure(picture: Image.Image, what: str) -> float:
-    """Where the shape stands, or how much it covers, from 0 to 1. 0.5 is the middle."""
+    """Where the shape stands, from 0 (left, up) to 1. 0.5 is the middle."""
     pixels = np.asarray(picture).astype(int)
-    ground = pixels[0, 0]
-    is_shape = np.abs(pixels - ground).sum(axis=2) > 40
+    background = pixels[0, 0]
+    is_shape = np.abs(pixels - background).sum(axis=2) > 40
     rows, columns = np.nonzero(is_shape)
     if what == "side":
         return columns.mean() / picture.width
-    if what == "height":
-        return rows.mean() / picture.height
-    # The width of the box around it lies between a half and 0.85 of the picture's.
-    width = (columns.max() - columns.min()) / picture.width
-    return min(1.0, max(0.0, (width - 0.5) / 0.3))
+    return rows.mean() / picture.height
 
 
 def draw_labeled(count: int, what: str, seed: int) -> list[Labeled]:
-    """Drawings that show what is named: not so little that nobody sees it, nor at the very edge."""
+    """Drawings that show what is named: neither hardly, nor at the very edge."""
     chooser = random.Random(seed)
     found = []
     while len(found) < count:
-        drawing = chooser.choice(DRAWINGS)
-        picture = draw(drawing, chooser.randrange(2**40))
+        shape, colour, ground = chooser.choice(DRAWINGS)
+        picture = draw((shape, colour, ground), chooser.randrange(2**40))
         value = measure(picture, what)
         if NEAREST < abs(value - 0.5) < FARTHEST:
-            word = WORDS[what][int(value > 0.5)]
-            found.append(Labeled(picture, word, caption(drawing, SAMPLE_STYLE)))
+            word = LOW if value < 0.5 else HIGH
+            found.append(Labeled(picture, caption((shape, colour, word), SAMPLE_STYLE)))
     return found
 
 
@@ -109,10 +100,11 @@ def score(said: list[str], new: list[Labeled]) -> tuple[float, float, float]:
     word_right = 0
     wording_right = 0
     for text, labeled in zip(said, new, strict=True):
-        word, _, wording = text.partition(" ")
+        said_wording, _, said_word = text.rpartition(" ")
+        wording, _, word = labeled.caption.rpartition(" ")
         exact += int(text == labeled.caption)
-        word_right += int(word == labeled.word)
-        wording_right += int(wording == labeled.wording)
+        word_right += int(said_word == word)
+        wording_right += int(said_wording == wording)
     return tuple(100 * count / len(new) for count in (exact, word_right, wording_right))
 
 
@@ -120,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--what", choices=WORDS, default="side")
+    parser.add_argument("--what", choices=KINDS, default="side")
     parser.add_argument("--targets", nargs="+", default=TARGETS)
     parser.add_argument("--pictures", type=int, default=2500, help="to train on")
     parser.add_argument("--new", type=int, default=300, help="pictures to caption")
