@@ -3,6 +3,7 @@
     python tests/gpu_dry_run.py --model opt-2.7b --pairs 16 --tokens 24 [--no-4bit]
     python tests/gpu_dry_run.py --targets qformer+attention
     python tests/gpu_dry_run.py --table
+    python tests/gpu_dry_run.py --parts real
 
 finetune.py's own Captioner and Learner run on fake tensors, which have shapes, dtypes and a device,
 but no values. Every operation of torch that is not a view counts as a kernel launch; what is alive
@@ -78,6 +79,7 @@ load_guard()
 import bitsandbytes
 import numpy as np
 import torch
+import transformers
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -86,8 +88,12 @@ from transformers.initialization import no_init_weights
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import gpu_parts
+from make_real_size import MEDIUM, make_config
+
 import finetune
 
+transformers.utils.logging.set_verbosity_error()
 OPT = {
     "model_type": "opt",
     "num_hidden_layers": 32,
@@ -391,11 +397,32 @@ def find_card(peak: float) -> str:
     return "more"
 
 
+def list_parts(sizes: dict[str, dict]) -> dict[str, float]:
+    """The memory, in GiB, of the parts of a run that gpu_parts.py measures on a GPU that is there.
+
+    `sizes` are those of make_real_size.py.
+    """
+    with fake_gpu() as meter:
+        dry_run = DryRun(meter, make_config(sizes), in_4bit=True)
+        peaks = {"load": meter.memory}
+        features = dry_run.encode()
+        peaks["encode"] = meter.peak
+        dry_run.add_learner()
+        losses = dry_run.backward(gpu_parts.PAIRS, gpu_parts.TOKENS)
+        backward_peak = meter.peak
+        dry_run.step(losses)
+        peaks["step"] = max(backward_peak, meter.peak)
+        dry_run.caption(features, gpu_parts.CAPTION_TOKENS)
+        peaks["caption"] = meter.peak
+    return {name: round(peak / GIB, 3) for name, peak in peaks.items()}
+
+
 def print_table() -> None:
     """The memory of the published models, and the smallest card that each runs on."""
     header = [
         "model",
         "bits",
+        "LORA_TARGETS",
         "encoding",
         "step, 1 pair",
         "step, 16 pairs",
@@ -406,9 +433,14 @@ def print_table() -> None:
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
     for name, text_config in PUBLISHED.items():
-        for in_4bit in (True, False):
+        for in_4bit, targets in (
+            (True, "attention"),
+            (True, "qformer+attention"),
+            (False, "attention"),
+        ):
             with fake_gpu() as meter:
-                dry_run = DryRun(meter, Blip2Config(text_config=text_config), in_4bit)
+                config = Blip2Config(text_config=text_config)
+                dry_run = DryRun(meter, config, in_4bit, flags=("--lora-targets", targets))
                 dry_run.encode()
                 encoding = meter.peak / GIB
                 dry_run.add_learner()
@@ -419,6 +451,7 @@ def print_table() -> None:
             cells = [
                 "blip2-" + name.replace("t5", "flan-t5"),
                 "4" if in_4bit else "16",
+                targets,
                 f"{encoding:.1f}",
                 *(f"{peak:.1f}" for peak in steps),
                 find_card(max(encoding, steps[0])),
@@ -454,10 +487,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="of each caption, without its stop")
     parser.add_argument("--targets", default="attention", help="LORA_TARGETS")
     parser.add_argument("--no-4bit", action="store_true")
+    parser.add_argument("--parts", choices=("medium", "real"), help="what gpu_parts.py compares")
     parser.add_argument("--table", action="store_true", help="the memory table instead")
     arguments = parser.parse_args()
     if arguments.table:
         print_table()
+    elif arguments.parts:
+        print(list_parts(MEDIUM if arguments.parts == "medium" else {}))
     else:
         in_4bit = not arguments.no_4bit
         print_step(arguments.model, arguments.targets, in_4bit, arguments.pairs, arguments.tokens)

@@ -29,6 +29,21 @@ REAL = {  # all that is not said here is as Blip2Config has it
         "vocab_size": 50304,
     },
 }
+MEDIUM = {  # for a GPU of any size: a tenth of a GB in 4 bits, and 0.8 GB on the disk
+    "vision_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "text_config": {
+        "hidden_size": 1024,
+        "word_embed_proj_dim": 1024,
+        "ffn_dim": 4096,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+    },
+}
 
 
 def make_config(sizes: dict[str, dict]) -> Blip2Config:

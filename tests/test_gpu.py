@@ -5,8 +5,11 @@ import shutil
 import warnings
 from collections.abc import Callable
 
+import gpu_parts
 import pytest
 import torch
+from helpers import rows_of
+from make_real_size import MEDIUM, write_model
 
 import finetune
 
@@ -42,6 +45,39 @@ def test_a_run_on_the_gpu_learns(train, settings):
     right = int(found[1])
     captioned = int(found[2])
     assert right >= 0.9 * captioned
+
+
+@pytest.mark.parametrize("in_4bit", [False, True], ids=["float32", "NF4"])
+def test_a_step_on_the_gpu_is_that_of_the_cpu(any_base, small_data, build, in_4bit):
+    """The only test that sees a kernel that calculates wrongly: a T5 has no trained weights."""
+    losses = {}
+    gradients = {}
+    examples = None
+    master = None
+    for device in ("cpu", "cuda"):
+        built = build(any_base, small_data, DEVICE=device, DTYPE="float32", LOAD_IN_4BIT=in_4bit)
+        if device == "cpu":  # both start from its features and weights
+            examples = rows_of(built)
+            master = built.learner.master.clone()
+        built.learner.set_master(master.to(device))
+        tokens = built.dataset.count_tokens(range(len(built.dataset)))
+        losses[device] = built.learner.backward(examples, tokens).cpu()
+        gradients[device] = built.learner.gradient.cpu()
+
+    torch.testing.assert_close(losses["cuda"], losses["cpu"], rtol=1e-3, atol=0)
+    difference = (gradients["cuda"] - gradients["cpu"]).norm()
+    assert difference <= 1e-3 * gradients["cpu"].norm()
+
+
+def test_each_part_of_a_run_takes_the_memory_that_was_computed(tmp_path):
+    """Within a tenth. The figures are those of gpu_dry_run.py --parts medium."""
+    write_model(str(tmp_path / "medium"), MEDIUM)
+    flags = ("--device", "cuda", "--dtype", "bfloat16")
+
+    parts = gpu_parts.measure_parts(str(tmp_path / "medium"), *flags)
+
+    measured = {name: part.memory for name, part in parts.items()}
+    assert measured == pytest.approx(gpu_parts.DRY_RUN["medium"], rel=0.1)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import gpu_parts
 import pytest
 import torch
 from helpers import flags_of
@@ -41,6 +42,7 @@ with gpu_dry_run.fake_gpu():
 
 for folder in sys.argv[1:]:
     gpu_dry_run.rehearse(folder)
+print("parts of a run:", gpu_dry_run.list_parts(gpu_dry_run.MEDIUM))
 """
 has_compiler = shutil.which("g++") or shutil.which("clang++")
 
@@ -67,6 +69,29 @@ def test_on_a_gpu_a_step_waits_once_and_mixes_no_devices(opt_base, t5_base):
         "t5 torch.bfloat16 : reads in a step: 1",
         "t5 torch.float16 : reads in a step: 1",
     ]
+    # What test_gpu.py compares with a GPU that is there.
+    assert f"parts of a run: {gpu_parts.DRY_RUN['medium']}" in done.stdout
+
+
+def test_what_is_measured_on_a_gpu_runs_on_the_cpu_too(opt_base):
+    """Its memory is not known there, but no part of it must fail on a GPU for a slip."""
+    parts = gpu_parts.measure_parts(opt_base, "--device", "cpu")
+
+    assert parts.keys() == gpu_parts.DRY_RUN["real"].keys()
+    assert min(part.seconds for part in parts.values()) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_first_minutes_of_a_gpu_need_one(tmp_path):
+    command = [sys.executable, str(HERE / "gpu_first_minutes.py"), str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 1
+    assert (
+        done.stdout
+        == "error: PyTorch finds no GPU on this machine, and nothing else is tried here.\n"
+    )
+    assert not (tmp_path / "model").exists()
 
 
 # ---- Which device, and which dtype --------------------------------------------------------------
