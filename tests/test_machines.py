@@ -181,6 +181,33 @@ def test_device_and_dtype_where_there_are_gpus(device, dtype, is_t5, capability,
     assert (str(found[0]), str(found[1])) == expected
 
 
+def test_the_gpu_that_accelerate_has_chosen_is_used(machine, monkeypatch):
+    """As under SLURM, where each of four processes sees a single GPU, which is number 0 to it."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    machine((8, 0), processes=4, rank=0)
+
+    assert finetune.choose_device("auto", "auto", False, 1).device == torch.device("cuda:0")
+
+
+def test_on_one_gpu_no_context_is_opened_on_another(machine, small_data, opt_base, monkeypatch):
+    """Pinned memory belongs to the current GPU, which is the first one where none is set."""
+    machine((8, 0))
+    current = []
+
+    def fail(*arguments, **options):
+        assert current == [torch.device("cuda:1")]
+        raise RuntimeError("so far, and no further")
+
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    monkeypatch.setattr(Blip2ForConditionalGeneration, "from_pretrained", fail)
+    settings = finetune.parse_arguments(
+        flags_of({"TRAIN_DIR": small_data, "MODEL_ID": opt_base, "DEVICE": "cuda:1"})
+    )
+
+    with pytest.raises(RuntimeError, match="so far"):
+        finetune.load_model(settings)
+
+
 def test_without_a_gpu_a_small_model_runs_on_the_cpu(machine):
     machine(capability=None)
 
