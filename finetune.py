@@ -3020,7 +3020,7 @@ LATER_SETTINGS = {"START_FROM": ""}
 def complete_record(record: dict[str, Any]) -> dict[str, Any]:
     """With values for the settings that did not exist when it was written."""
     settings = default_settings() | LATER_SETTINGS | record["settings"]
-    return {"start": ""} | record | {"settings": settings}
+    return {"start_from_hash": ""} | record | {"settings": settings}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -3052,7 +3052,7 @@ def hash_data(settings: argparse.Namespace, data: Data) -> str:
     return f"{len(data.pairs) + len(data.validation)} pairs, {digest[:16]}"
 
 
-def hash_start(settings: argparse.Namespace) -> str:
+def hash_start_from(settings: argparse.Namespace) -> str:
     """A hash of the adapter in START_FROM; "": there is none to start from.
 
     Raises UserError if it does not hold a finished run, or one whose settings for model and LoRA
@@ -3093,7 +3093,7 @@ def list_facts(record: dict[str, Any]) -> dict[str, Any]:
         if name not in CHANGEABLE:
             facts[name] = value
     facts["pictures or captions"] = record.get("data")
-    facts["the adapter in START_FROM"] = record.get("start")
+    facts["the adapter in START_FROM"] = record.get("start_from_hash")
     facts["the vision side of MODEL_ID"] = record.get("vision_side")
     facts["pictures that can't be read"] = record.get("unreadable")
     return facts
@@ -3217,7 +3217,7 @@ class Run:
         finished = read_record(self.output)
         if self.record["settings"]["START_FROM"] and self.starts_from_output():
             # What it started from has been renamed: that can't be compared any more.
-            finished["start"] = self.record["start"]
+            finished["start_from_hash"] = self.record["start_from_hash"]
         if finished.get("results"):
             self.is_finished = not list_differences(finished, self.record)
 
@@ -3325,7 +3325,8 @@ def open_run(settings: argparse.Namespace, data: Data) -> Iterator[Run]:
                 if run.is_complete():  # it was killed just before it was published
                     run.publish()
             accelerator.wait_for_everyone()
-            run.record["start"] = hash_start(settings)  # only now: it may just have been published
+            # Only now: the adapter to start from may just have been published.
+            run.record["start_from_hash"] = hash_start_from(settings)
             yield run
         no_process_failed = True
     except Stopped:
@@ -3951,7 +3952,7 @@ def write_report(folder: Path, record: dict[str, Any]) -> None:
     parts = []
     for remark in record["results"]["remarks"]:
         parts.append(f"<p><strong>Please check:</strong> {html.escape(remark)}.</p>")
-    parts.append(f"<p>{html.escape(describe_start(record))}</p>")
+    parts.append(f"<p>{html.escape(describe_before(record))}</p>")
     parts.append("<table>")
     for name, value in describe_results(record["results"]).items():
         parts.append(f"<tr><th>{name.replace('_', ' ')}</th><td>{html.escape(value)}</td></tr>")
@@ -3982,7 +3983,7 @@ def write_report(folder: Path, record: dict[str, Any]) -> None:
     write_page(folder / "report.html", f"BLIP-2 captions: {name}", parts)
 
 
-def describe_start(record: dict[str, Any]) -> str:
+def describe_before(record: dict[str, Any]) -> str:
     """What "before" means in the results."""
     start = record["settings"]["START_FROM"]
     if start:
@@ -4081,7 +4082,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         name=name,
         base=base,
         loaded=loaded,
-        start=describe_start(record),
+        start=describe_before(record),
         results="\n".join(results),
         remarks="".join(remarks),
         examples="\n".join(examples),

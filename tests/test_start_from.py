@@ -152,7 +152,7 @@ def test_a_record_without_start_from_is_completed(folder):
     path = folder.path / "first/settings.json"
     record = json.loads(path.read_text())
     del record["settings"]["START_FROM"]
-    del record["start"]
+    del record["start_from_hash"]
     path.write_text(json.dumps(record))
 
     ended = folder.run(OUTPUT_DIR="first")
