@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from helpers import Child, on, read_captions, send
+from helpers import Child, PlainModel, on, read_captions, send
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import Blip2ForConditionalGeneration
@@ -62,9 +62,15 @@ def test_losses_and_gradients_are_those_of_the_whole_model(any_base, build, smal
     for weight in built.learner.weights:
         weight.requires_grad_(True)
     plain_gradients = torch.autograd.grad(total, built.learner.weights)
-    plain_gradient = torch.cat([part.flatten() for part in plain_gradients])
-    assert plain_gradient.norm() > 0
-    torch.testing.assert_close(gradient, plain_gradient, rtol=1e-4, atol=1e-5)
+    # Attention's queries have gradients a million times smaller than others: what rounding does
+    # to these is measured against the whole gradient.
+    norm = torch.cat([part.flatten() for part in plain_gradients]).norm()
+    assert norm > 0
+    ours = gradient.split([weight.numel() for weight in built.learner.weights])
+    for name, found, plain in zip(
+        built.learner.adapter_weights, ours, plain_gradients, strict=True
+    ):
+        assert (found - plain.flatten()).norm() <= 1e-5 * norm, name
 
 
 def copy_data(sample, folder):
@@ -155,8 +161,6 @@ def test_the_saved_adapter_has_both_and_plain_peft_captions_as_the_script(
     pictures = sorted((tmp_path / "data/Image").glob("*/*.png"))[:8]
     code, out, _ = command("--caption", *map(str, pictures))
     assert code == 0
-
-    from helpers import PlainModel
 
     plain = PlainModel(opt_base, tmp_path / "out")
     for path, (caption, confidence) in read_captions(out).items():

@@ -227,6 +227,19 @@ def test_three_processes_do_what_one_does_with_t5(alone, source, t5_base, tmp_pa
     assert_one_voice(group.finish(alone, 3))
 
 
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_two_processes_with_a_qformer_that_learns_do_what_one_does(kind, source, request, tmp_path):
+    """In both phases: in the first third of the steps the Q-Former learns alone."""
+    base = request.getfixturevalue(f"{kind}_base")
+    one = Group(tmp_path / "one", source, base)
+    two = Group(tmp_path / "two", source, base)
+
+    assert exit_codes(one.run(1, LORA_TARGETS="qformer+attention")) == [0]
+    assert exit_codes(two.run(2, LORA_TARGETS="qformer+attention")) == [0, 0]
+
+    two.assert_equals({base: one.out})
+
+
 def test_with_nothing_held_out_no_two_dropouts_are_alike(group):
     """Each process prints the seed of each of its steps, to stderr."""
 
