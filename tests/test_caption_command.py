@@ -308,6 +308,42 @@ def test_write_txt_writes_next_to_pictures_and_never_over_a_file(caption):
     assert "kept: 1" in err
 
 
+def test_write_txt_knows_a_file_in_other_letters_and_two_pictures_of_one_name(caption):
+    """On Windows and macOS b.TXT is b.txt; a.txt is for one of the two pictures alone."""
+    write_files(Path("new"), {"a.jpg": None, "a.png": None, "b.png": None, "b.TXT": "my own"})
+
+    code, out, err = caption("new", "--write-txt")
+
+    assert code == 0
+    captions = read_captions(out)
+    assert Path("new/a.txt").read_text(encoding="utf-8") == captions["new/a.jpg"][0] + "\n"
+    assert sorted(path.name for path in Path("new").glob("*.[tT]*")) == ["a.txt", "b.TXT"]
+    assert "kept: 1" in err
+    assert "1 picture has the name of another" in err
+
+
+@pytest.mark.parametrize(
+    "page, words",
+    [
+        ("data/caption/notes.txt", "does not end in .html"),
+        ("missing/new.html", "there is no folder 'missing'"),
+        ("new\npage.html", "control character"),
+    ],
+)
+def test_a_page_that_can_not_be_written_is_told_before_the_model_is_loaded(
+    caption, small_data, page, words
+):
+    """Above all, it is not written over a file that is no page."""
+    write_files(Path(), {"data/caption/notes.txt": "my own"})
+
+    code, out, err = caption("data/Image", "--page", page)
+
+    assert (code, out) == (1, "")
+    assert words in err
+    assert "memory:" not in err
+    assert Path("data/caption/notes.txt").read_text() == "my own"
+
+
 def test_written_captions_are_a_folder_to_train_on(caption, check):
     write_files(Path("new"), {"a.png": None, "b.png": None})
     _, out, _ = caption("new", "--write-txt")

@@ -44,6 +44,11 @@ CAPTIONS = [
     caption_is_not_used("nothing", b"", "empty"),
     caption_is_not_used("only white space", " \r\n\u3000", "empty"),
     caption_is_not_used("too long", "x" * 1_000_001, "1 MB"),
+    caption_is_not_used("git-annex", "/annex/objects/SHA256E-s61--0123.txt\n", "git annex get"),
+    caption_is_not_used("SVG", "<svg xmlns='http://www.w3.org/2000/svg'></svg>", "is XML"),
+    caption_is_not_used("a picture", b"\x89PNG\r\n\x1a\n" + bytes(50), "is a picture, not text"),
+    caption_is("a name of a format", "RIFF, see WEBP or AVI", "RIFF, see WEBP or AVI"),
+    caption_is("a name of another format", "P5 7 8 nuts on a table", "P5 7 8 nuts on a table"),
 ]
 
 

@@ -536,6 +536,22 @@ NO_PICTURES = [
         says=("1 file ",),
     ),
     Case(
+        "beside the two folders of this layout",
+        {
+            "caption/rose.txt": "a rose",
+            "Image/rose/1.png": None,
+            "2.png": None,
+            "notes.txt": "x",
+            "clip.mov": "x",
+        },
+        pairs=[("Image/rose/1.png", "a rose")],
+        reasons={
+            "2.png": "is neither in caption/ nor in Image/",
+            "notes.txt": "is neither in caption/ nor in Image/",
+        },
+        says=("1 file ",),
+    ),
+    Case(
         "in Image/",
         {
             "caption/rose.txt": "a rose",

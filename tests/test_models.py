@@ -328,6 +328,15 @@ def test_a_model_folder_that_is_not_there_is_no_question_of_the_network(
     assert "hf auth" not in error
 
 
+@pytest.mark.parametrize(
+    "name", ["https://huggingface.co/Salesforce/blip2-opt-2.7b", "hf.co/Salesforce/blip2-opt-2.7b"]
+)
+def test_the_address_of_a_model_is_told_to_be_one(refused, small_data, name):
+    error = refused(TRAIN_DIR=small_data, MODEL_ID=name)
+    assert_words(error, ("MODEL_ID", "it is a URL", "as in Salesforce/blip2-opt-2.7b"))
+    assert "network" not in error
+
+
 def test_a_file_as_model_is_told_to_be_none(refused, small_data, model):
     error = refused(TRAIN_DIR=small_data, MODEL_ID=model / WEIGHTS)
     assert_words(error, ("MODEL_ID", str(model), "folder"))

@@ -154,6 +154,22 @@ def test_a_picture_that_can_not_be_read_is_named(check_case, case):
     check_case(case)
 
 
+@pytest.mark.parametrize("dtype, white", [(np.uint8, 255), (np.uint16, 65535)])
+def test_where_white_is_zero_a_picture_is_no_negative(tmp_path, dtype, white):
+    """As in X-rays: a TIFF whose PhotometricInterpretation is 0, dark on the left."""
+    stored = np.zeros((48, 64), dtype)
+    stored[:, :32] = white
+    content = bytearray(encode_picture(Image.fromarray(stored), "TIFF"))
+    place = content.index(struct.pack("<HHI", 262, 3, 1))
+    content[place + 8 : place + 10] = struct.pack("<H", 0)
+    (tmp_path / "xray.tif").write_bytes(content)
+
+    picture = finetune.read_picture(str(tmp_path / "xray.tif"), 64)
+
+    assert picture.getpixel((10, 10)) == (0, 0, 0)
+    assert picture.getpixel((50, 10)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize("kind", PICTURE_FORMATS)
 def test_a_picture_that_is_cut_off_is_named(check, tmp_path, kind):
     content = encode_picture(draw_quadrants(), kind)

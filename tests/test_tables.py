@@ -657,6 +657,12 @@ NEIGHBORS = [
         pairs=[("captions.jpg", "a rose"), ("results.jpg", "a cat")],
     ),
     Case(
+        "captions.txt is no table, and the caption of no picture",
+        {"a.jpg": None, "a.txt": "a rose", "captions.txt": "a.jpg: a rose\n"},
+        pairs=[("a.jpg", "a rose")],
+        reasons={"captions.txt": "it is no table either"},
+    ),
+    Case(
         "results.csv has other columns",
         {"a.jpg": None, "a.txt": "a rose", "results.csv": "epoch,loss\n1,0.5\n"},
         pairs=[("a.jpg", "a rose")],
