@@ -72,7 +72,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
 
-# They log warnings when they are imported, or when there is no network.
+# These libraries log warnings when they are imported, or when there is no network.
 for name in ("bitsandbytes", "huggingface_hub", "PIL", "matplotlib"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
@@ -117,7 +117,7 @@ LOG_WITH: str = ""  # a tracker that accelerate knows: tensorboard, wandb, mlflo
 SETTINGS = dict(sys.modules[__name__].__annotations__)
 PATH_SETTINGS = ("TRAIN_DIR", "VALIDATION_DIR", "OUTPUT_DIR", "MODEL_ID", "START_FROM")
 CHANGEABLE = (  # settings that may be changed while a run is unfinished
-    "OUTPUT_DIR",
+    "OUTPUT_DIR",  # if its .unfinished folder is renamed too
     "DEVICE",
     "NUM_WORKERS",
     "CHECKPOINT_MINUTES",
@@ -189,11 +189,10 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM: all processes stop between two steps, after a checkpoint is saved."""
+    """Stopped(number of the signal): Ctrl-C or SIGTERM, after a checkpoint was saved.
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.signal_number = signal_number
+    All processes stop between the same two steps.
+    """
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -210,7 +209,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """What went wrong, without number and path: those stand next to it."""
+    """What went wrong, without the path, which the message around it names."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
@@ -232,7 +231,7 @@ def spread(items: Sequence, count: int) -> list:
 # divided by `share` where it is long: pictures to encode, to measure and to caption, and the pairs
 # of a step. What comes of it is put together by accelerate (`reduce` for tensors, `gather_object`
 # for the rest), so that all processes know the same and go the same way. Only the first one, the
-# main process, prints and writes, but for features. --check and --caption are not divided.
+# main process, prints and writes, except for features. It does --check and --caption alone.
 
 
 def share(items: Sequence) -> Sequence:
@@ -360,17 +359,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def normalize_settings(settings: argparse.Namespace) -> None:
     """Changes `settings`: "out/" becomes "out", "~" the home folder; wrong types stay."""
     for name in ("TRAIN_DIR", "VALIDATION_DIR", "OUTPUT_DIR", "START_FROM"):
-        value = getattr(settings, name)
+        value = getattr(settings, name, None)  # check_settings names what is missing
         if isinstance(value, str) and value and not is_url(value):
             setattr(settings, name, os.path.normpath(os.path.expanduser(value)))
 
-    model_id = settings.MODEL_ID
+    model_id = getattr(settings, "MODEL_ID", None)
     if isinstance(model_id, str):
-        model_id = os.path.expanduser(model_id.strip())
+        model_id = os.path.expanduser(model_id.strip(" "))
         if os.path.isdir(model_id):  # the adapter names it, and is used from elsewhere
             model_id = os.path.abspath(model_id)
         settings.MODEL_ID = model_id
-    if isinstance(settings.PROMPT, str):  # a space at its end changes how the caption is tokenized
+    if isinstance(
+        getattr(settings, "PROMPT", None), str
+    ):  # a space at its end changes how the caption is tokenized
         settings.PROMPT = " ".join(settings.PROMPT.split())
 
 
@@ -467,8 +468,8 @@ def check_settings(settings: argparse.Namespace) -> None:
 
 
 CONTROL_CHARACTER_REMEDY = (
-    "which holds a control character: in Python text a backslash starts one. Write each backslash "
-    "twice, or write / instead"
+    "which holds a control character: in a Python string a backslash starts one. Write each "
+    "backslash twice, or write / instead"
 )
 
 
@@ -544,8 +545,8 @@ class Findings:
 
     This is how a picture is left out: whoever can't use it calls `skip` with the reason, and makes
     no pair of it. That is a reader of a layout, or, for a picture that can't be decoded,
-    `decode_pictures`; `list_readable` then leaves out the pairs of those. All of it is printed
-    (print_findings), and ends up in skipped.csv.
+    `decode_pictures`; `list_readable` then leaves out the pairs of those. print_findings tells it,
+    and skipped.csv has all of `skipped`.
     """
 
     skipped: list[Skipped] = dataclasses.field(default_factory=list)  # what is not used
@@ -588,8 +589,8 @@ def print_notes(findings: Findings, name_files: bool) -> None:
             findings.one_colour,
             "picture is of (nearly) one colour once it is read",
             "pictures are of (nearly) one colour once they are read",
-            "They are used; --check names them. Usual causes: 12 bits in a 16-bit file, white on "
-            "transparency, a failed frame.",
+            "They are used. Usual causes: 12 bits in a 16-bit file, white on transparency, a "
+            "failed frame.",
         ),
     )
     for paths, one, many, advice in notes:
@@ -635,7 +636,7 @@ FIRST_BYTES = (  # of files that are often found in the place of another: what t
     (rb"PK\x03\x04", ARCHIVE),
     (rb"\xd0\xcf\x11\xe0", OLD_OFFICE),
     (rb"%!PS-Adobe", "is PostScript; save it as JPEG"),
-    (rb"P[1-6]\s+\d+\s+\d+\s", "is a PPM, which is not read; save it as JPEG"),
+    (rb"P[2356]\s+\d+\s+\d+\s+\d+\s", "is a PPM, which is not read; save it as JPEG"),
     (rb"%PDF-", "is a PDF; save pictures as JPEG, text as plain text"),
     (rb"\x1f\x8b", "is a gzip archive; unpack it"),
     (rb"\x89PNG", PICTURE),
@@ -935,10 +936,14 @@ def read_folders(folder: str, findings: Findings) -> list[Pair]:
 
     for name in sorted(filter(is_wanted, os.listdir(folder))):
         path = os.path.join(folder, name)
-        if os.path.isdir(path):
+        if name in ("caption", "Image"):
             continue
         extension = os.path.splitext(path)[1].lower()
-        if extension != ".txt" and is_other_extension(extension):
+        if os.path.isdir(path):
+            findings.skip(
+                path, "is a folder other than caption/ and Image/, and is not looked into"
+            )
+        elif extension != ".txt" and is_other_extension(extension):
             findings.not_pictures.append(path)
         else:
             findings.skip(path, "is neither in caption/ nor in Image/, where this layout looks")
@@ -962,20 +967,21 @@ def read_beside(folder: str, findings: Findings) -> list[Pair]:
             pictures[name].append(path)
 
     for name in sorted(captions.keys() - pictures.keys()):
-        path = captions[name][0]
-        if is_table_name(os.path.basename(path)):  # captions.txt, meant as a table
-            findings.skip(path, explain_text_table(path, folder))
+        paths = captions[name]
+        if is_table_name(os.path.basename(paths[0])):  # captions.txt, meant as a table
+            for path in paths:
+                findings.skip(path, explain_text_table(path))
             del captions[name]
     return match_names(captions, pictures, findings)
 
 
-def explain_text_table(path: str, folder: str) -> str:
+def explain_text_table(path: str) -> str:
     """Why captions.txt or the like, which is next to no picture of its name, is not used."""
     try:
         next(read_rows(path), None)
     except UserError as error:
         return f"there is no picture with this name, and it is no table either: {error}"
-    return TABLE_BELOW if os.path.dirname(path) != folder else "is not read"
+    return TABLE_BELOW
 
 
 class TableRow(NamedTuple):
@@ -1173,7 +1179,7 @@ def read_objects(path: str, objects: Iterable[tuple[str, Any]]) -> Iterator[Tabl
     for place, item in objects:
         if not isinstance(item, dict):
             raise UserError(
-                f"{path!r}, {place}: one object such as {JSON_EXAMPLE} is wanted for each picture."
+                f"{path!r}, {place}: write one object such as {JSON_EXAMPLE} for each picture."
             )
         columns = find_columns(path, item)
         if is_first and not columns:
@@ -1183,7 +1189,7 @@ def read_objects(path: str, objects: Iterable[tuple[str, Any]]) -> Iterator[Tabl
             )
         if is_first and isinstance(item[columns[0]], (dict, list)):  # all rows in one object
             raise UserError(
-                f"{path!r} holds columns, not rows: one object such as {JSON_EXAMPLE} is wanted "
+                f"{path!r} holds columns, not rows: write one object such as {JSON_EXAMPLE} "
                 'for each picture. With pandas: to_json(path, orient="records").'
             )
         is_first = False
@@ -1205,14 +1211,14 @@ def read_coco(path: str, content: dict[str, Any]) -> Iterator[TableRow]:
             if not isinstance(item, dict) or key not in item:
                 kind = "image" if items is images else "annotation"
                 raise UserError(
-                    f"{path!r} looks like a file of COCO, but its {kind} {number} has no {key!r}. "
+                    f"{path!r} looks like a COCO file, but its {kind} {number} has no {key!r}. "
                     "Add it, or download the file again."
                 )
     if not annotations:
         raise UserError(f"{path!r} has no rows: no captions are in it. Download it again.")
     if not any("caption" in annotation for annotation in annotations):
         raise UserError(
-            f"{path!r} looks like a file of COCO, but has no captions: take the one called "
+            f"{path!r} looks like a COCO file, but has no captions: take the one called "
             "captions_..."
         )
 
@@ -1296,7 +1302,7 @@ def find_fault(caption: Any) -> str:
     if has_foreign_bytes(caption):
         return f"the caption {NOT_UTF8}"
     if re.search(r"[\ud800-\udfff]", caption):  # as JSON may write it
-        return "the caption has half of a character, such as a cut emoji; write it whole"
+        return "the caption contains half a character, such as a cut emoji; write it whole"
     if not clean_caption(caption):
         return "the caption is empty: there is no letter, digit or symbol in it"
     return ""
@@ -1486,7 +1492,8 @@ def read_picture(path: str, side: int) -> Image.Image:
     """A picture as RGB, as a viewer shows it: upright, in sRGB, its first frame, over white.
 
     16-bit grey becomes 8-bit. JPEGs far larger than `side` pixels are decoded at a reduced scale,
-    never below twice `side`; so are all pictures of more than LARGE_PIXELS. Raises ValueError for
+    never below twice `side`. Other pictures of more than LARGE_PIXELS are decoded as they are, one
+    at a time, and then scaled down likewise. Raises ValueError for
     what is not a picture to learn from, and many kinds of exceptions of Pillow's decoders.
     """
     if os.path.exists(path) and not os.path.isfile(path):
@@ -1500,13 +1507,16 @@ def read_picture(path: str, side: int) -> Image.Image:
         picture.draft(None, (2 * side, 2 * side))
         white_is_zero = getattr(picture, "tag_v2", {}).get(262) == 0  # of TIFF
         is_inverted = white_is_zero and picture.mode.startswith("I;16")  # Pillow forgets these
-        if picture.width * picture.height > LARGE_PIXELS:
-            with LARGE_PICTURE:  # one at a time: a thread that comes later waits
-                picture = reduce_picture(picture, side)
-        upright = convert_to_rgb(ImageOps.exif_transpose(picture))
-        if is_inverted:
-            upright = ImageOps.invert(upright)
-        return upright
+        if picture.width * picture.height <= LARGE_PIXELS:
+            return show(picture, is_inverted)
+        with LARGE_PICTURE:  # another thread with a large picture waits
+            return show(reduce_picture(picture, side), is_inverted)
+
+
+def show(picture: Image.Image, is_inverted: bool) -> Image.Image:
+    """An opened picture as a viewer shows it, see read_picture."""
+    picture = convert_to_rgb(ImageOps.exif_transpose(picture))
+    return ImageOps.invert(picture) if is_inverted else picture
 
 
 def reduce_picture(picture: Image.Image, side: int) -> Image.Image:
@@ -1624,8 +1634,8 @@ class Decoded(NamedTuple):
 def decode_pictures(paths: list[str], image_processor: Any) -> Decoded:
     """Pixel values, (3, height, width), of the pictures that can be read.
 
-    Without an image processor (to check them), they are read all the same, and thrown away.
-    Raises OSError if the disk fails, MemoryError.
+    Without an image processor, for --check, pictures are only read, and the values are None.
+    Raises OSError if the disk fails, and UserError if there is no memory for a picture.
     """
     side = image_processor.size["height"] if image_processor else 224
     decoded = Decoded({}, Findings())
@@ -1633,8 +1643,11 @@ def decode_pictures(paths: list[str], image_processor: Any) -> Decoded:
         try:
             picture = read_picture(path, side)
             pixels = image_processor(picture).pixel_values[0] if image_processor else None
-        except MemoryError:
-            raise
+        except MemoryError as error:
+            raise UserError(
+                f"there is no memory left to read {path!r}. Close other programs, lower "
+                "NUM_WORKERS, or save the picture smaller."
+            ) from error
         except Exception as error:
             if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
                 raise
@@ -1828,7 +1841,9 @@ class Caption(NamedTuple):
 
 MEMORY_REMEDY = "Free memory on the device (nvidia-smi shows what uses a GPU)"
 ENCODE_REMEDY = f"{MEMORY_REMEDY}, or use a smaller MODEL_ID."
-MEASURE_REMEDY = f"{MEMORY_REMEDY}, or train with LOAD_IN_4BIT or a lower MAX_CAPTION_TOKENS."
+MEASURE_REMEDY = (
+    f"{MEMORY_REMEDY}, or train with a lower MAX_CAPTION_TOKENS, or with LOAD_IN_4BIT if it is off."
+)
 CAPTION_REMEDY = f"{MEMORY_REMEDY}, or lower NUM_BEAMS."
 
 
@@ -2036,9 +2051,9 @@ def find_gpu(name: str) -> torch.device:
     Where there is none, PyTorch says why, in an AssertionError or a RuntimeError.
     """
     gpu = torch.device(name if name.startswith("cuda:") else "cuda")
-    accelerates = PartialState().device  # of several processes, each has one
-    if gpu.index is None and accelerates.index is not None:
-        gpu = accelerates
+    assigned = PartialState().device  # accelerate gives each of several processes one
+    if gpu.index is None and assigned.index is not None:
+        gpu = assigned
     torch.cuda.get_device_capability(gpu)  # raises these errors
     if gpu.index is None:
         gpu = torch.device("cuda", torch.cuda.current_device())
@@ -2072,7 +2087,7 @@ def choose_device(name: str, dtype: str, is_t5: bool, parameters: int) -> Device
             if name != "auto" or parameters > MAX_CPU_PARAMETERS:
                 raise UserError(
                     f"DEVICE is {name!r}, but there is {reason}. {find_gpu_remedy(reason)}, or "
-                    "give --device cpu, which is slow with a large model."
+                    "use --device cpu, which is slow with a large model."
                 ) from error
 
     capability = (0, 0)
@@ -2084,7 +2099,7 @@ def choose_device(name: str, dtype: str, is_t5: bool, parameters: int) -> Device
         if torch.version.hip is None and not has_kernels(major, minor, architectures):
             raise UserError(
                 f"this PyTorch is compiled for {architectures}, and not for the GPU ({reason}). "
-                f"{NO_KERNELS_REMEDY}, or give --device cpu."
+                f"{NO_KERNELS_REMEDY}, or use --device cpu."
             )
 
     dtype = choose_dtype(dtype, capability, is_t5)
@@ -2097,12 +2112,17 @@ def choose_device(name: str, dtype: str, is_t5: bool, parameters: int) -> Device
 
 
 def find_gpu_remedy(reason: str) -> str:
-    """What to do where PyTorch finds no GPU, for this reason."""
+    """What to do where PyTorch can't use the GPU that is asked for, for this reason."""
+    count = torch.cuda.device_count()
     if "too old" in reason:
         return OLD_DRIVER_REMEDY
+    if count:
+        return f"The GPUs are cuda:0 to cuda:{count - 1}"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "Install a PyTorch with CUDA"
     if "driver" in reason:
         return "Install NVIDIA's driver"
-    return "Install a PyTorch with CUDA"
+    return "See what nvidia-smi shows, and whether CUDA_VISIBLE_DEVICES hides it"
 
 
 def check_model_folder(folder: str) -> None:
@@ -2160,19 +2180,20 @@ def refuse_damaged_file(path: Path) -> None:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(
-                f"{path.name} is damaged, or half a download ({error}); download it again"
+                f"{path.name} is damaged, or only partly downloaded ({error}); download it again"
             ) from error
 
 
 def refuse_damaged_weights(path: Path) -> None:
-    """Raises ValueError if a safetensors file can't be read, OSError. Only its header is read."""
+    """Raises ValueError if a safetensors file is not whole. Only its header is read."""
     refuse_damaged_file(path)
     try:
         with safe_open(path, "pt"):
             pass
     except SafetensorError as error:
         raise ValueError(
-            f"{path.name} is damaged, or half a download ({error}); download or copy it again"
+            f"{path.name} is damaged, or only partly downloaded ({error}); download or copy it "
+            "again"
         ) from error
 
 
@@ -2282,11 +2303,11 @@ def explain_loading_error(model_id: str, error: Exception) -> str:
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     sentence = f"can't load MODEL_ID {model_id!r}: {reason}."
     if "driver version is insufficient" in reason or "driver on your system is too old" in reason:
-        return f"{sentence} {OLD_DRIVER_REMEDY}, or give --device cpu."
+        return f"{sentence} {OLD_DRIVER_REMEDY}, or use --device cpu."
     if "no kernel image" in reason:
-        return f"{sentence} {NO_KERNELS_REMEDY}, or give --device cpu."
+        return f"{sentence} {NO_KERNELS_REMEDY}, or use --device cpu."
     if "bitsandbytes" in reason:
-        return f"{sentence} Install one for this CUDA: pip install --upgrade bitsandbytes."
+        return f"{sentence} Another version may do it: pip install --upgrade bitsandbytes."
     if not isinstance(error, OSError) or os.path.isdir(model_id):
         return sentence
 
@@ -2335,7 +2356,7 @@ def load_captioner(settings: argparse.Namespace) -> Captioner:
     if needed > available:
         raise UserError(
             f"picture, PROMPT and MAX_CAPTION_TOKENS = {limit} need more than the {available} "
-            "positions of this model. Lower MAX_CAPTION_TOKENS."
+            "positions of this model. Lower MAX_CAPTION_TOKENS, or shorten PROMPT."
         )
     return captioner
 
@@ -2368,7 +2389,7 @@ def add_lora(
 ) -> PeftModel:
     """Puts LoRA (Hu et al. 2021, arXiv:2106.09685) into `model`, which PEFT changes in place.
 
-    Raises UserError as find_lora_layers.
+    Raises UserError for the same reasons as find_lora_layers.
     """
     layers = find_lora_layers(model, targets)
     config = LoraConfig(
@@ -2726,7 +2747,10 @@ def average_by_word(tokenizer: Any, text: str, losses: list[float]) -> dict[str,
     for word_id, loss in zip(encoding.word_ids(), losses[:-1], strict=False):  # it may be cut
         start, end = encoding.word_to_chars(word_id)
         losses_by_word[text[start:end].strip()].append(loss)
-    return {word: sum(losses) / len(losses) for word, losses in losses_by_word.items()}
+    means = {}
+    for word, word_losses in losses_by_word.items():
+        means[word] = sum(word_losses) / len(word_losses)
+    return means
 
 
 def find_hard_words(captioner: Captioner, dataset: ImageCaptioningDataset) -> HardWords:
@@ -2799,7 +2823,10 @@ def cider_d(captions: list[str], references: list[list[str]]) -> float:
         return weights
 
     def compare(ours: dict[int, Counter], theirs: dict[int, Counter]) -> float:
-        """The mean over n of the clipped cosine, less where the lengths, in bigrams, differ."""
+        """The mean over n of the clipped cosine, times a penalty where the lengths differ.
+
+        Lengths are counted in bigrams, as coco-caption does it.
+        """
         cosines = []
         for n in ours:
             our_weights = weigh(ours[n])
@@ -2811,7 +2838,9 @@ def cider_d(captions: list[str], references: list[list[str]]) -> float:
             norms = math.hypot(*our_weights.values()) * math.hypot(*their_weights.values())
             cosines.append(dot / norms if norms else 0.0)
         difference = ours[2].total() - theirs[2].total()
-        return sum(cosines) / len(cosines) * math.exp(-(difference**2) / 72)
+        sigma = 6
+        penalty = math.exp(-(difference**2) / (2 * sigma**2))
+        return sum(cosines) / len(cosines) * penalty
 
     scores = []
     for caption, counts_of_texts in zip(captions, reference_counts, strict=True):
@@ -2935,8 +2964,9 @@ class Learner:
         if qformer_alone:
             self.gradient[self.qformer_size :].zero_()
 
-        scale = self.scaler.scale(torch.ones_like(stop_flag))  # (1,), without waiting for it
-        norm = self.gradient.norm() / scale
+        # The scaler's factor as a tensor: get_scale() would wait for the GPU.
+        one = torch.ones(1, device=self.master.device)
+        norm = self.gradient.norm() / self.scaler.scale(one)
         numbers = torch.cat([losses_and_stop, norm]).tolist()
         processes_to_stop = numbers[count]
         return StepResult(
@@ -3002,7 +3032,7 @@ class Progress:
     captions: list[str]  # of the held-out pictures that are captioned, before training
     metrics: list[dict[str, float]]  # the rows of metrics.csv
     pair_losses: torch.Tensor  # (training pairs,), summed over tokens and epochs
-    qformer_steps: int = 0  # at first, in which the Q-Former learns alone
+    qformer_steps: int = 0  # steps at the start in which only the Q-Former learns
     epoch_loss: float = 0.0  # summed over the tokens of this epoch so far
     step: int = 0  # the next one, from 0
     best: float = math.inf  # the lowest held-out loss
@@ -3055,8 +3085,8 @@ def hash_data(settings: argparse.Namespace, data: Data) -> str:
 def hash_start_from(settings: argparse.Namespace) -> str:
     """A hash of the adapter in START_FROM; "": there is none to start from.
 
-    Raises UserError if it does not hold a finished run, or one whose settings for model and LoRA
-    are not those of this run; it names the values to set.
+    Raises UserError if the folder holds no finished run, or if the settings of that run for model
+    and LoRA differ from ours. The message names the values to set.
     """
     if not settings.START_FROM:
         return ""
@@ -3128,7 +3158,7 @@ def save_adapter(folder: Path, record: dict[str, Any], learner: Learner) -> None
 
 
 class Tracking:
-    """Gives the rows of metrics.csv to the tracker of LOG_WITH; with none, to nobody."""
+    """Gives the rows of metrics.csv to the tracker of LOG_WITH; does nothing if there is none."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -3216,7 +3246,8 @@ class Run:
             return
         finished = read_record(self.output)
         if self.record["settings"]["START_FROM"] and self.starts_from_output():
-            # What it started from has been renamed: that can't be compared any more.
+            # The finished run has taken the place of what it started from, whose hash can't be
+            # compared any more: it counts as the same.
             finished["start_from_hash"] = self.record["start_from_hash"]
         if finished.get("results"):
             self.is_finished = not list_differences(finished, self.record)
@@ -3226,7 +3257,7 @@ class Run:
         return os.path.realpath(self.record["settings"]["START_FROM"]) == str(self.output)
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """Raises UserError where it is damaged, OSError."""
+        """Raises UserError if it is damaged, and OSError if it can't be read."""
         try:
             checkpoint = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
             checkpoint["record"] = complete_record(checkpoint["record"])
@@ -3237,14 +3268,15 @@ class Run:
             reason = describe_error(error).splitlines()[0]
             raise UserError(
                 f"{str(self.checkpoint_path)!r} is damaged: {reason}. Put back a copy of it, or "
-                "give --restart to train from scratch."
+                "use --restart to train from scratch."
             ) from error
         return checkpoint
 
     def note(self, **facts: Any) -> None:
         """Adds facts to the record. Raises UserError where those of an unfinished run differ.
 
-        This is the one place where what makes the same run is compared to continue it.
+        Only here is decided whether an unfinished run may be continued: the facts in its checkpoint
+        must be those of this run.
         """
         self.record |= facts
         if not self.checkpoint:
@@ -3254,7 +3286,7 @@ class Run:
             lines = [
                 f"{str(self.folder)!r} holds an unfinished run that differs from this one:",
                 *differences,
-                "Undo that to continue, give --restart to train from scratch, or name another "
+                "Undo that to continue, use --restart to train from scratch, or name another "
                 "OUTPUT_DIR.",
             ]
             raise UserError("\n  ".join(lines))
@@ -3272,7 +3304,7 @@ class Run:
     def discard_earlier(self) -> None:
         """Deletes an earlier run's files that are not continued.
 
-        Called as late as possible, so that a failed start loses nothing.
+        Called after model, pictures and captions were read: a start that fails there loses nothing.
         """
         if self.checkpoint or not self.is_main:
             return
@@ -3317,7 +3349,7 @@ def open_run(settings: argparse.Namespace, data: Data) -> Iterator[Run]:
         output.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{output}.lock", timeout=0)
 
-    no_process_failed = False
+    all_processes_arrive = False  # at the end of this function
     try:
         with lock:
             if run.is_main:
@@ -3328,13 +3360,13 @@ def open_run(settings: argparse.Namespace, data: Data) -> Iterator[Run]:
             # Only now: the adapter to start from may just have been published.
             run.record["start_from_hash"] = hash_start_from(settings)
             yield run
-        no_process_failed = True
-    except Stopped:
-        no_process_failed = True
+        all_processes_arrive = True
+    except Stopped:  # it is raised in all of them
+        all_processes_arrive = True
         raise
     finally:
         run.tracking.close()
-        if no_process_failed:  # after a failure, the other processes would never come here
+        if all_processes_arrive:  # after an error in one, it would wait for the others for ever
             accelerator.end_training()
 
 
@@ -3384,7 +3416,8 @@ def noted_signals() -> Iterator[list[int]]:
     """Within, the first Ctrl-C or SIGTERM is noted in the list. A second one kills at once.
 
     `train` looks into the list after each step: it saves a checkpoint, and raises Stopped in all
-    processes. Outside of training, Ctrl-C and SIGTERM raise KeyboardInterrupt. `main` tells both.
+    processes. Outside of training, Ctrl-C and SIGTERM raise KeyboardInterrupt. `main` prints a line
+    for either of them.
     """
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -3433,8 +3466,8 @@ def measure_before(
         if not math.isfinite(loss):
             raise UserError(
                 f"the held-out loss before training is {loss}. Set DTYPE to float32. If that does "
-                f"not help, delete {str(feature_folder)!r}, which is computed again; else the "
-                "weights of MODEL_ID are damaged: download them again."
+                f"not help, delete {str(feature_folder)!r} (it will be made again). If that does "
+                "not help either, the weights of MODEL_ID may be damaged: download them again."
             )
     else:
         print("nothing held out: the last adapter is saved")
@@ -3455,7 +3488,8 @@ def start(
     """What training continues from: a checkpoint, or a new learner and the first measurement."""
     learner = build_learner(settings, captioner)
     if captioner.device.type == "cuda":
-        # cuBLAS takes memory of its own in the first backward pass: while there is room for it.
+        # cuBLAS takes memory of its own in the first backward pass. This is one, while memory is
+        # still free.
         learner.backward([datasets.training[0]], 1)
     if checkpoint:
         learner.load(checkpoint["learner"])
@@ -3474,7 +3508,7 @@ class StepPlan(NamedTuple):
     indices: list[int]  # of the pairs
     next_indices: list[int]  # of the pairs of the step after this one
     rate: float  # the learning rate
-    seed: int  # of the dropout's noise, before the processes differ
+    seed: int  # for dropout; each process derives one of its own from it
     qformer_alone: bool  # the language model does not learn in this step
 
 
@@ -3540,9 +3574,9 @@ def refuse_not_finite(result: StepResult, learner: Learner, step: int, pictures:
     if learner.captioner.dtype != torch.float32:
         remedy += ", or set DTYPE to float32"
     raise UserError(
-        f"at step {step} {what}. {remedy}, and give --restart. If that does not help, a file of "
-        "features may be damaged: delete .features in TRAIN_DIR (or OUTPUT_DIR.features), "
-        "which is computed again."
+        f"at step {step} {what}. {remedy}, and use --restart. If that does not help, a file of "
+        "features may be damaged: delete .features in TRAIN_DIR (or OUTPUT_DIR.features); "
+        "it will be made again."
     )
 
 
@@ -3552,7 +3586,7 @@ def measure_epoch(learner: Learner, held_out: ImageCaptioningDataset, progress: 
     if len(held_out) and not math.isfinite(loss):
         raise UserError(
             f"the held-out loss after step {progress.step} is {loss}. Lower LEARNING_RATE, and "
-            "give --restart."
+            "use --restart."
         )
     if not len(held_out) or loss < progress.best:  # with nothing held out, the last is the best
         progress.best = loss
@@ -3698,7 +3732,7 @@ def summarize(
     hard_words: HardWords,
     trains_qformer: bool,
 ) -> dict[str, Any]:
-    """`results` of settings.json, with `remarks` on what is wrong. None: nothing can be said."""
+    """`results` of settings.json, with `remarks` on what is wrong. None: it can't be measured."""
     held_out = {"before": None, "after": None}
     if captioned:
         held_out = {"before": progress.metrics[0]["held_out_loss"], "after": progress.best}
@@ -3819,7 +3853,7 @@ def draw_losses(folder: Path, record: dict[str, Any]) -> None:
     qformer_steps = record["results"].get("qformer_steps", 0)
     if qformer_steps:
         axes.axvline(qformer_steps, color="gray", linestyle=":", label="language model joins")
-    axes.plot(0, 0)  # invisible, but leaves room above the highest point
+    axes.plot(0, 0)  # shows nothing, but the margin above the curve counts from 0 then
     axes.locator_params("x", integer=True)
     axes.set(xlabel="step", ylabel="loss per token", ylim=(0, None))
     axes.legend(frameon=False)
@@ -3875,7 +3909,7 @@ def embed_picture(path: str) -> str:
         with io.BytesIO() as file:
             picture.save(file, "JPEG", quality=75)
             content = base64.b64encode(file.getvalue()).decode()
-    except Exception:  # many kinds; a picture that is gone must not cost the page
+    except Exception:  # many kinds; a picture that is gone must not keep the page from being made
         return '<p class="quiet">(the picture can\'t be read)</p>'
     return f'<img src="data:image/jpeg;base64,{content}" alt="">'
 
@@ -4112,8 +4146,8 @@ def make_missing_pages(folder: Path, record: dict[str, Any]) -> int:
             raise
         except Exception as error:  # a failed page must not lose the adapter
             print(
-                f"error: {name} can't be made: {error!r}. The adapter is saved; the same command "
-                "tries again.",
+                f"error: {name} can't be made: {error!r}. The adapter is saved; the same command, "
+                "without --restart, tries again.",
                 file=sys.stderr,
             )
             code = 1
@@ -4121,7 +4155,7 @@ def make_missing_pages(folder: Path, record: dict[str, Any]) -> int:
 
 
 def flush_files(folder: Path) -> None:
-    """Returns when all of them are on the disk, with the permissions of settings.json."""
+    """Flushes all files to the disk, and gives them the permissions of settings.json."""
     for path in folder.iterdir():
         if path.is_file():
             shutil.copymode(
@@ -4216,11 +4250,11 @@ def fine_tune(settings: argparse.Namespace, data: Data, findings: Findings) -> i
         if run.is_finished:
             print(
                 f"this run is finished: its adapter is in {printable(str(run.output))}. To train "
-                "from scratch, give --restart."
+                "from scratch, use --restart."
             )
             return make_missing_pages(run.output, read_record(run.output)) if run.is_main else 0
 
-        if run.checkpoint:  # whatever "auto" would be on this device
+        if run.checkpoint:  # whatever "auto" would be on this device; the record keeps "auto"
             settings.DTYPE = run.checkpoint["record"]["dtype"]
         captioner = load_captioner(settings)
         run.note(**describe_model(captioner))
@@ -4319,12 +4353,12 @@ def load_trained(settings: argparse.Namespace) -> Captioner:
     """The model with the adapter in OUTPUT_DIR, as it was trained. Raises UserError."""
     output = Path(settings.OUTPUT_DIR)
 
-    def refuse(reason: Any) -> UserError:
+    def no_adapter(reason: Any) -> UserError:
         return UserError(f"OUTPUT_DIR {str(output)!r} holds no adapter that can be read: {reason}.")
 
     for name in ("settings.json", "adapter_model.safetensors"):
         if not (output / name).exists():
-            raise refuse(
+            raise no_adapter(
                 f"there is no {name}. Train one first, or finish a run with the command that "
                 "began it"
             )
@@ -4335,9 +4369,9 @@ def load_trained(settings: argparse.Namespace) -> Captioner:
         dtype = record["dtype"]
         refuse_damaged_weights(output / "adapter_model.safetensors")
     except KeyError as error:
-        raise refuse(f"settings.json lacks {error}") from error
+        raise no_adapter(f"settings.json lacks {error}") from error
     except (OSError, ValueError, TypeError) as error:
-        raise refuse(error) from error
+        raise no_adapter(error) from error
 
     trained.DEVICE = settings.DEVICE
     trained.NUM_BEAMS = settings.NUM_BEAMS
@@ -4354,7 +4388,7 @@ def load_trained(settings: argparse.Namespace) -> Captioner:
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise refuse(f"it does not fit the base: {reason}") from error
+        raise no_adapter(f"it does not fit the base: {reason}") from error
     return captioner
 
 
@@ -4417,7 +4451,7 @@ def write_caption_files(captions: dict[str, Caption]) -> None:
     print(f"captions written next to pictures: {len(written)} (.txt); there already, kept: {kept}")
     if shared:
         what = count_of(shared, "picture has", "pictures have")
-        print(f"{what} the name of another, for which the .txt was written: rename them")
+        print(f"{what} the same name as another, whose caption is in the .txt: rename them")
 
 
 def write_caption_page(path: Path, captions: dict[str, Caption]) -> None:
@@ -4475,8 +4509,8 @@ def refuse_other_launchers() -> None:
 def run_command(settings: argparse.Namespace) -> int:
     """What the settings and flags ask for. Returns the exit code."""
     refuse_other_launchers()
-    # Processes wait for each other for a day at most: a download or an encoding pass may be slow.
-    on_cpu = settings.DEVICE == "cpu"
+    # Processes wait for each other up to a day: a download or an encoding pass may be slow.
+    on_cpu = getattr(settings, "DEVICE", "") == "cpu"  # check_settings names what is missing
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))
     if int(os.environ.get("WORLD_SIZE", 1)) > state.num_processes:
         raise UserError(
@@ -4484,6 +4518,8 @@ def run_command(settings: argparse.Namespace) -> int:
             "or try it with --device cpu."
         )
     check_settings(settings)
+    if (settings.caption or settings.check) and not state.is_main_process:
+        return 0
     if settings.caption:
         return caption_pictures(settings)
 
@@ -4547,6 +4583,9 @@ def main(argv: list[str] | None = None) -> int:
     prepare_output()
     settings = parse_arguments(argv)
     is_training = not settings.check and not settings.caption
+    again = ""
+    if is_training and settings.restart:
+        again = " (To continue, leave out --restart if training steps were shown already.)"
 
     handler = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -4554,20 +4593,19 @@ def main(argv: list[str] | None = None) -> int:
     except (KeyboardInterrupt, Stopped) as stopped:
         line = f"{speaker}stopped"
         if is_training:
-            line += "; to continue, run the same command again"
-        if is_training and settings.restart:
-            line += ", without --restart if training steps were shown already"
+            line += f"; to continue, run the same command again{again}"
         print(line, file=real_stderr)
         number = stopped.args[0] if stopped.args else signal.SIGINT
         return 128 + number
     except UserError as error:
-        print(f"{speaker}error: {error}", file=real_stderr)
+        print(f"{speaker}error: {error}{again}", file=real_stderr)
         return 1
     except BrokenPipeError:  # nobody reads the output any more: --check | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if is_training:
             print(
-                f"{speaker}stopped, because the output was closed. The same command continues.",
+                f"{speaker}stopped, because the output was closed. The same command continues."
+                f"{again}",
                 file=real_stderr,
             )
         return 1
@@ -4575,7 +4613,8 @@ def main(argv: list[str] | None = None) -> int:
         remedy = find_remedy(error)
         if not remedy:
             raise
-        print(f"{speaker}error: {str(error).rstrip('.')}. {remedy}", file=real_stderr)
+        reason = str(error).rstrip(".") or type(error).__name__
+        print(f"{speaker}error: {reason}. {remedy}{again}", file=real_stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, handler)

@@ -122,7 +122,7 @@ def test_without_a_finished_run_the_error_says_to_train_first(
     [
         ("settings.json", b"{}", "settings.json lacks 'settings'"),
         ("adapter_config.json", b"{", "it does not fit the base"),
-        ("adapter_model.safetensors", b"x" * 50, "is damaged, or half a download"),
+        ("adapter_model.safetensors", b"x" * 50, "is damaged, or only partly downloaded"),
         ("adapter_model.safetensors", b"", "is empty; download or copy it again"),
         ("adapter_model.safetensors", LFS_POINTER.encode(), "git lfs pull"),
     ],
@@ -319,7 +319,7 @@ def test_write_txt_knows_a_file_in_other_letters_and_two_pictures_of_one_name(ca
     assert Path("new/a.txt").read_text(encoding="utf-8") == captions["new/a.jpg"][0] + "\n"
     assert sorted(path.name for path in Path("new").glob("*.[tT]*")) == ["a.txt", "b.TXT"]
     assert "kept: 1" in err
-    assert "1 picture has the name of another" in err
+    assert "1 picture has the same name as another" in err
 
 
 @pytest.mark.parametrize(

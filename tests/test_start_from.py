@@ -163,7 +163,7 @@ def test_a_record_without_start_from_is_completed(folder):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"x" * 50, "is damaged, or half a download"),
+        (b"x" * 50, "is damaged, or only partly downloaded"),
         (b"", "is empty"),
         (LFS_POINTER.encode(), "git lfs pull"),
     ],

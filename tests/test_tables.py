@@ -163,7 +163,7 @@ CELLS = [
         JSON_LINES.replace("rose", "rose \\ud83d"),
         file="metadata.jsonl",
         pairs=[("b.jpg", "a tulip")],
-        reasons={"metadata.jsonl, line 1": ("a.jpg", "half of a character")},
+        reasons={"metadata.jsonl, line 1": ("a.jpg", "half a character")},
     ),
     table(
         "a file name in Windows-1252",
