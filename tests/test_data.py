@@ -545,9 +545,11 @@ NO_PICTURES = [
             "2.png": None,
             "notes.txt": "x",
             "clip.mov": "x",
+            "Image2/rose/3.png": None,
         },
         pairs=[("Image/rose/1.png", "a rose")],
         reasons={
+            "Image2": "is a folder other than caption/ and Image/",
             "2.png": "is neither in caption/ nor in Image/",
             "notes.txt": "is neither in caption/ nor in Image/",
         },

@@ -225,6 +225,36 @@ def test_without_a_gpu_a_large_model_or_cuda_is_refused(device, parameters, mach
         finetune.choose_device(device, "auto", False, parameters)
 
 
+@pytest.mark.parametrize(
+    "reason, count, words",
+    [
+        ("Invalid device id", 2, "The GPUs are cuda:0 to cuda:1"),
+        ("No CUDA GPUs are available", 0, "CUDA_VISIBLE_DEVICES"),
+        ("Found no NVIDIA driver on your system", 0, "Install NVIDIA's driver"),
+        ("The NVIDIA driver on your system is too old", 1, 'pip install "torch<2.11"'),
+    ],
+)
+def test_the_remedy_fits_the_reason_why_a_gpu_can_not_be_used(
+    machine, monkeypatch, reason, count, words
+):
+    """With a PyTorch that is made for CUDA."""
+
+    def fail(index: int) -> None:
+        raise AssertionError(reason)
+
+    machine((8, 0))
+    monkeypatch.setattr("torch.cuda.get_device_capability", fail)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+
+    with pytest.raises(finetune.UserError) as refused:
+        finetune.choose_device("cuda:5", "auto", False, 1)
+
+    assert reason in str(refused.value)
+    assert words in str(refused.value)
+    assert "Install a PyTorch" not in str(refused.value)
+
+
 @pytest.mark.parametrize("device, is_t5", [("auto", True), ("cpu", False)])
 def test_float16_is_refused_for_t5_and_on_the_cpu(device, is_t5, machine):
     machine((8, 0))

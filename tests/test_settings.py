@@ -112,8 +112,12 @@ def test_a_constant_of_another_type_is_refused(refused, monkeypatch, name, value
         ("EPOCHS: int = ", "EPOCH: int = ", ["EPOCH", "EPOCHS"]),
         ("EPOCHS: int = ", "EPOCHS = ", ["EPOCHS"]),
         ("LORA_RANK: int", "LORA_RNAK: float = 1.0\nLORA_RANK: int", ["LORA_RNAK"]),
+        *(
+            (f"{name}: str = ", f"{name} = ", [name])
+            for name in ("TRAIN_DIR", "MODEL_ID", "PROMPT", "DEVICE")
+        ),
     ],
-    ids=["another name", "no type", "one more"],
+    ids=["another name", "no type", "one more", "path", "model", "prompt", "device"],
 )
 def test_a_misspelled_constant_is_named(tmp_path, capsys, line, edited, named):
     source = SCRIPT.read_text(encoding="utf-8").replace(f"\n{line}", f"\n{edited}")
