@@ -1060,10 +1060,10 @@ class Header(NamedTuple):
 
 def read_header(text: str, delimiter: str) -> Header:
     """The header of a CSV file, if its cells are delimited so. Raises csv.Error, StopIteration."""
-    first_line = text.lstrip().splitlines()[0]
+    first_line = text.lstrip()[:100_000].splitlines()[0]  # to split all lines would take seconds
     # Flickr30k's table has no quotes around its cells, and quotes in its captions.
     is_unquoted = delimiter == "|" and '"' not in first_line
-    if not is_unquoted:
+    if not is_unquoted and '" ' in text:
         text = re.sub(r'(?<!")" +(?=[,;|\t\r\n])', '"', text)  # no spaces after a closing quote
     reader = csv.reader(
         io.StringIO(text, newline=""),
@@ -1106,6 +1106,7 @@ def read_cells(path: str, header: Header, columns: tuple[str, str]) -> Iterator[
     while not header.cells[width - 1].strip():  # spreadsheets write empty columns
         width -= 1
 
+    last_index = max(file_index, caption_index)
     reader = header.reader
     delimiter = DELIMITERS[reader.dialect.delimiter]
     remedy = f"put quotes around a caption with {delimiter}"
@@ -1116,17 +1117,17 @@ def read_cells(path: str, header: Header, columns: tuple[str, str]) -> Iterator[
         for row in reader:
             line = next_line
             next_line = reader.line_num + 1
-            if not any(cell.strip() for cell in row):
-                continue
             problem = ""
-            if any(cell.strip() for cell in row[width:]):
+            if len(row) > width and "".join(row[width:]).strip():
                 problem = f"it has more cells than the header has names; {remedy}"
-            elif len(row) <= max(file_index, caption_index):
+            elif len(row) <= last_index:
+                if not "".join(row).strip():  # an empty line
+                    continue
                 cells = count_of(len(row), "cell", "cells")
                 problem = f"it has {cells}, and the header {width}"
                 row = row + [""] * width  # so that both cells exist
-            file_name = row[file_index].strip(BLANK)
-            caption = row[caption_index].strip(BLANK)
+            file_name = row[file_index].strip()
+            caption = row[caption_index].strip()
             if file_name or caption:
                 yield TableRow(f"line {line}", file_name, [caption], problem)
     except csv.Error as error:
@@ -1252,28 +1253,32 @@ class FileFinder:
 
     def __init__(self, folder: str, paths: Iterable[str]) -> None:
         self.folder = folder
-        self.paths = {relative(path, folder): path for path in paths}
+        self.files = {}  # by their path below the folder
         self.keys = defaultdict(list)  # by bare name
-        for key in self.paths:
+        for path in paths:
+            key = relative(path, folder)
+            self.files[key] = Lookup(key, path, "")
             self.keys[key.rpartition("/")[2]].append(key)
 
     @functools.cached_property
     def near_names(self) -> NearNames:
-        return NearNames(self.paths)
+        return NearNames(self.files)
 
     def find(self, file_name: Any) -> Lookup:
         """By its path below the folder, or else by its bare name, if only one file has it."""
         if not isinstance(file_name, str) or not file_name.strip(BLANK):
             return Lookup("", "", "its file_name is empty, or not text")
+        if file_name in self.files:  # most are, and this is quick
+            return self.files[file_name]
         key = file_name.strip(BLANK).replace("\\", "/")
-        if key not in self.paths:  # it may be ./a.jpg, absolute, or in another form of Unicode
+        if key not in self.files:  # it may be ./a.jpg, absolute, or in another form of Unicode
             key = relative(os.path.join(self.folder, key), self.folder)
-        if key in self.paths:
-            return Lookup(key, self.paths[key], "")
+        if key in self.files:
+            return self.files[key]
 
         same_name = self.keys.get(key, [])
         if len(same_name) == 1:
-            return Lookup(same_name[0], self.paths[same_name[0]], "")
+            return self.files[same_name[0]]
         if len(same_name) > 1:
             examples = " and ".join(map(repr, same_name[:2]))
             return Lookup(key, "", f"{len(same_name)} files have this name, as {examples}")
@@ -1293,17 +1298,19 @@ def has_foreign_bytes(text: str) -> bool:
     return re.search(r"[\udc80-\udcff]", text) is not None
 
 
-def find_fault(caption: Any) -> str:
-    """Why a caption of a table can't be used; "": it can."""
+def find_fault(caption: Any, cleaned: str) -> str:
+    """Why a caption of a table can't be used; "": it can. `cleaned` is what is left of it."""
     if caption is None or caption == "":
         return "the caption is empty"
     if not isinstance(caption, str):
         return "the caption is not text"
+    if cleaned and cleaned.isascii():  # most are, and this is quick
+        return ""
     if has_foreign_bytes(caption):
         return f"the caption {NOT_UTF8}"
     if re.search(r"[\ud800-\udfff]", caption):  # as JSON may write it
         return "the caption contains half a character, such as a cut emoji; write it whole"
-    if not clean_caption(caption):
+    if not cleaned:
         return "the caption is empty: there is no letter, digit or symbol in it"
     return ""
 
@@ -1323,9 +1330,10 @@ def read_table(path: str, findings: Findings) -> list[Pair]:
         found = finder.find(row.file_name)
         named.add(found.key)
         for caption in row.captions:
-            reason = row.problem or found.reason or find_fault(caption)
+            cleaned = clean_caption(caption) if isinstance(caption, str) else ""
+            reason = row.problem or found.reason or find_fault(caption, cleaned)
             if not reason:
-                pair = Pair(found.path, clean_caption(caption))
+                pair = Pair(found.path, cleaned)
                 if pair not in pairs:
                     pairs[pair] = None
                     continue
@@ -1337,24 +1345,24 @@ def read_table(path: str, findings: Findings) -> list[Pair]:
     if not row_count:
         raise UserError(f"{path!r} has no rows. Save the table again.")
 
-    for key, file in finder.paths.items():
+    for key, file in finder.files.items():
         if key in named:
             continue
         if is_other_extension(os.path.splitext(key)[1]):
-            findings.not_pictures.append(file)
+            findings.not_pictures.append(file.path)
         else:
-            findings.skip(file, f"is not in {path}")
+            findings.skip(file.path, f"is not in {path}")
     return list(pairs)
 
 
 def refuse_captions_beside(path: str, finder: FileFinder) -> None:
     """Raises UserError if there are also caption files next to pictures."""
     pictures = set()
-    for key in finder.paths:
+    for key in finder.files:
         stem, extension = os.path.splitext(key)
         if not is_other_extension(extension):
             pictures.add(stem)
-    for key in finder.paths:
+    for key in finder.files:
         stem, extension = os.path.splitext(key)
         if extension.lower() == ".txt" and stem in pictures:
             raise UserError(
@@ -1515,7 +1523,9 @@ def read_picture(path: str, side: int) -> Image.Image:
 
 def show(picture: Image.Image, is_inverted: bool) -> Image.Image:
     """An opened picture as a viewer shows it, see read_picture."""
-    picture = convert_to_rgb(ImageOps.exif_transpose(picture))
+    picture.load()  # what is returned is used when the file is closed
+    ImageOps.exif_transpose(picture, in_place=True)
+    picture = convert_to_rgb(picture)
     return ImageOps.invert(picture) if is_inverted else picture
 
 
@@ -1550,13 +1560,14 @@ def convert_to_rgb(picture: Image.Image) -> Image.Image:
         alpha = picture.convert("RGBA").getchannel("A")
     if picture.mode in ("1", "L", "LA"):  # stays grey: its profile is one for grey
         picture = picture.convert("L")
-    elif picture.mode != "CMYK":
+    elif picture.mode not in ("RGB", "CMYK"):
         picture = picture.convert("RGB")
 
     transform = make_transform(profile, picture.mode) if profile else None
     if transform:
         picture = ImageCms.applyTransform(picture, transform)
-    picture = picture.convert("RGB")
+    if picture.mode != "RGB":
+        picture = picture.convert("RGB")
     if alpha:
         white = Image.new("RGB", picture.size, "white")
         picture = Image.composite(picture, white, alpha)
