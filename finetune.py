@@ -1523,9 +1523,7 @@ def read_picture(path: str, side: int) -> Image.Image:
 
 def show(picture: Image.Image, is_inverted: bool) -> Image.Image:
     """An opened picture as a viewer shows it, see read_picture."""
-    picture.load()  # what is returned is used when the file is closed
-    ImageOps.exif_transpose(picture, in_place=True)
-    picture = convert_to_rgb(picture)
+    picture = convert_to_rgb(ImageOps.exif_transpose(picture))
     return ImageOps.invert(picture) if is_inverted else picture
 
 
