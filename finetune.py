@@ -2475,7 +2475,7 @@ def load_features(path: Path) -> torch.Tensor:
         path.unlink(missing_ok=True)
         raise UserError(
             f"the features of a picture in {str(path)!r} could not be read ({error}). The file has "
-            "been removed: the same command computes it again, and continues."
+            "been removed: the same command, without --restart, computes it again, and continues."
         ) from error
 
 
@@ -4607,7 +4607,7 @@ def main(argv: list[str] | None = None) -> int:
         number = stopped.args[0] if stopped.args else signal.SIGINT
         return 128 + number
     except UserError as error:
-        print(f"{speaker}error: {error}{again}", file=real_stderr)
+        print(f"{speaker}error: {error}", file=real_stderr)
         return 1
     except BrokenPipeError:  # nobody reads the output any more: --check | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -334,7 +334,8 @@ def test_a_continued_run_starts_from_the_largest_size_again(
 def finished(sample, opt_base, tmp_path_factory) -> Path:
     """The OUTPUT_DIR of a run."""
     folder = tmp_path_factory.mktemp("finished")
-    flags = ["--train-dir", str(sample), "--model-id", opt_base, "--epochs", "1"]
+    shutil.copytree(sample, folder / "train", ignore=shutil.ignore_patterns(".features", "0*"))
+    flags = ["--train-dir", str(folder / "train"), "--model-id", opt_base, "--epochs", "1"]
     assert finetune.main([*flags, "--output-dir", str(folder / "out")]) == 0
     return folder / "out"
 
