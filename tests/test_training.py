@@ -318,46 +318,22 @@ def train_float16(older_gpu, opt_base, small_data, command, monkeypatch, tmp_pat
     return run
 
 
-@pytest.fixture
-def overflowed(train_float16) -> Float16Run:
-    """The gradient overflows at first; one attempt later its scale is GradScaler's usual one."""
-    return train_float16("overflowed", init_scale=2.0**40, backoff_factor=2.0**-24)
+def test_a_float16_step_whose_gradient_overflows_is_taken_again_and_counts_once(train_float16):
+    """The run is that of a scale that was right from the start: one attempt later it is."""
+    usual = train_float16("usual", init_scale=2.0**16)
+    overflowed = train_float16("overflowed", init_scale=2.0**40, backoff_factor=2.0**-24)
 
-
-@pytest.fixture
-def usual(train_float16) -> Float16Run:
-    """No gradient overflows."""
-    return train_float16("usual", init_scale=2.0**16)
-
-
-def test_a_float16_step_whose_gradient_overflows_is_tried_again(overflowed, usual):
     assert usual.attempts == 6
     assert overflowed.attempts == 7
-
-
-def test_a_float16_step_that_was_tried_again_counts_once(overflowed, usual):
-    steps = [row["step"] for row in overflowed.metrics]
-
-    assert steps == ["0", "1", "2", "3", "4", "5", "6"]
-    assert steps == [row["step"] for row in usual.metrics]
-
-
-def test_a_float16_step_that_was_tried_again_keeps_the_learning_rates(overflowed, usual):
+    assert [row["step"] for row in overflowed.metrics] == ["0", "1", "2", "3", "4", "5", "6"]
     rates = [float(row["learning_rate"]) for row in overflowed.metrics[1:]]
-
     assert rates == [finetune.learning_rate(step, 6, 3e-3, 0.05) for step in range(6)]
-    assert rates == [float(row["learning_rate"]) for row in usual.metrics[1:]]
 
-
-def test_a_float16_step_that_was_tried_again_leaves_no_trace_in_the_metrics(overflowed, usual):
-    """The first attempt's norm, which is infinite, is not among them; dropout's noise is as was."""
+    # The first attempt's norm, which is infinite, is not among them; dropout's noise is as it was.
     for found, expected in zip(overflowed.metrics[1:], usual.metrics[1:], strict=True):
         for column in ("train_loss", "grad_norm"):
             assert math.isfinite(float(found[column]))
             assert float(found[column]) == pytest.approx(float(expected[column]), rel=1e-6)
-
-
-def test_a_float16_step_that_was_tried_again_trains_the_same_adapter(overflowed, usual):
     assert overflowed.weights.keys() == usual.weights.keys()
     for name, weight in usual.weights.items():
         torch.testing.assert_close(overflowed.weights[name], weight, rtol=1e-6, atol=1e-9, msg=name)
