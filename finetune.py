@@ -455,9 +455,10 @@ def check_settings(settings: argparse.Namespace) -> None:
     for name, kind in SETTINGS.items():
         value = getattr(settings, name)
         if name in rules and not is_valid(value, kind, rules[name]):
-            problems.append(
-                f"{name} is {value!r}; it must be {rules[name].words} ({kind.__name__})."
-            )
+            problem = f"{name} is {value!r}; it must be {rules[name].words} ({kind.__name__})"
+            if isinstance(value, str) and kind is not str:
+                problem += ", without quotes"
+            problems.append(f"{problem}.")
 
     if not problems:
         problems = [*check_paths(settings), *check_tracker(settings.LOG_WITH)]
@@ -882,7 +883,7 @@ def match_names(
         picture_files = pictures.get(name, [])
         caption = ""
         if not caption_files:
-            reason = f"there is no caption with this name{near_captions.describe(name)}"
+            reason = f"there is no caption with this name, {name}.txt{near_captions.describe(name)}"
         elif len(caption_files) > 1:
             reason = f"there are {len(caption_files)} captions with this name"
         elif not picture_files:
@@ -1431,22 +1432,25 @@ def find_pairs(folder: str, findings: Findings) -> list[Pair]:
 def describe_near_layout(folder: str) -> str:
     """What in a folder is nearly one of the layouts; "": nothing is."""
     names = [name for name in sorted(os.listdir(folder)) if is_wanted(name)]
+    hints = []
     for name in names:
         stem, extension = os.path.splitext(name.casefold())
         if extension in (".xlsx", ".xls", ".ods", ".numbers"):
-            return f" {name!r} is a spreadsheet: save it as CSV, named metadata.csv."
-        if is_table_name(name) and extension != ".txt":
+            hints.append(f"{name!r} is a spreadsheet: save it as CSV, named metadata.csv.")
+        elif is_table_name(name) and extension != ".txt":
             try:
                 next(read_rows(os.path.join(folder, name)), None)
             except UserError as error:
-                return f" As a table, {error}"
+                hints.append(f"As a table, {error}")
+        elif extension in (".csv", ".tsv", ".jsonl"):
+            hints.append(f"If {name!r} is a table of captions, rename it to metadata{extension}.")
         for wanted in ("caption", "Image"):
             is_near = stem.rstrip("s") == wanted.casefold()
             if is_near and wanted not in names and os.path.isdir(os.path.join(folder, name)):
-                return f" There is {name!r}: rename it to {wanted!r}."
-    if "caption" in names and "Image" not in names:
-        return " There is caption/, but no Image/ for the pictures."
-    return ""
+                hints.append(f"There is {name!r}: rename it to {wanted!r}.")
+    if not hints and "caption" in names and "Image" not in names:
+        hints.append("There is caption/, but no Image/ for the pictures.")
+    return "".join(f" {hint}" for hint in hints)
 
 
 def read_tail(path: str) -> bytes:
@@ -1605,6 +1609,8 @@ def explain_unreadable(path: str, error: Exception) -> str:
     if "MAX_TEXT" in str(error):
         megabytes = MAX_PNG_TEXT // 1_000_000
         return f"can't be read: more than {megabytes} MB of text in it; save it without metadata"
+    if "truncated" in str(error).lower():
+        return f"can't be read: it is cut off ({error}); copy or download it again"
     if not isinstance(error, UnidentifiedImageError):
         return f"can't be read: {describe_error(error)}"
 
@@ -3701,7 +3707,7 @@ def describe_steps(settings: argparse.Namespace, pair_count: int, progress: Prog
         lines[0] += f", {progress.step} done"
     if steps < FEW_STEPS:
         epochs = math.ceil(FEW_STEPS / epoch_steps)
-        lines.append(f"  perhaps too few to learn: try EPOCHS = {epochs}")
+        lines.append(f"  perhaps too few steps to learn much: try EPOCHS = {epochs}")
     if progress.qformer_steps:
         lines.append(
             f"  for the first {progress.qformer_steps} steps the Q-Former learns alone; the loss "
@@ -3780,7 +3786,7 @@ def summarize(
 def list_remarks(captioned: list[CaptionedPicture], results: dict[str, Any]) -> list[str]:
     """What a user should check."""
     if not captioned:
-        return ["nothing is held out, so that nothing can be measured"]
+        return ["nothing is held out, so nothing can be measured"]
     remarks = []
     if results["cider_d"]["after"] is None:
         remarks.append(
@@ -4446,21 +4452,20 @@ def write_caption_files(captions: dict[str, Caption]) -> None:
     """<name>.txt next to each picture that has none."""
     written: set[Path] = set()
     kept = 0
-    shared = 0
     for picture, caption in captions.items():
         path = Path(picture).with_suffix(".txt")
         names = [name.casefold() for name in os.listdir(path.parent)]
         if path in written:
-            shared += 1
+            print(
+                f"{printable(picture)}: no .txt is written, since {path.name} is that of another "
+                "picture with this name. Rename one of the two."
+            )
         elif path.name.casefold() in names:
             kept += 1
         else:
             write_whole(path, (caption.text + "\n").encode())  # on a full disk, nothing is left
             written.add(path)
     print(f"captions written next to pictures: {len(written)} (.txt); there already, kept: {kept}")
-    if shared:
-        what = count_of(shared, "picture has", "pictures have")
-        print(f"{what} the same name as another, whose caption is in the .txt: rename them")
 
 
 def write_caption_page(path: Path, captions: dict[str, Caption]) -> None:

@@ -319,7 +319,7 @@ def test_write_txt_knows_a_file_in_other_letters_and_two_pictures_of_one_name(ca
     assert Path("new/a.txt").read_text(encoding="utf-8") == captions["new/a.jpg"][0] + "\n"
     assert sorted(path.name for path in Path("new").glob("*.[tT]*")) == ["a.txt", "b.TXT"]
     assert "kept: 1" in err
-    assert "1 picture has the same name as another" in err
+    assert "new/a.png: no .txt is written, since a.txt is that of another picture" in err
 
 
 @pytest.mark.parametrize(
