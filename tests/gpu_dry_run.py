@@ -94,6 +94,7 @@ from make_real_size import MEDIUM, make_config
 import finetune
 
 transformers.utils.logging.set_verbosity_error()
+gc.freeze()  # what was imported stays: GpuMeter.start need not look for garbage in it
 OPT = {
     "model_type": "opt",
     "num_hidden_layers": 32,

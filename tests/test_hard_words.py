@@ -22,6 +22,7 @@ def results(request, sample, tmp_path_factory) -> dict:
     flags = ["--train-dir", folder / "data", "--output-dir", folder / "out"]
     flags += ["--model-id", request.getfixturevalue(f"{request.param}_base")]
     flags += ["--learning-rate", "3e-3", "--epochs", "6", "--validation-fraction", "0.3"]
+    flags += ["--max-caption-tokens", "8"]  # an untrained T5 never ends a caption
     assert finetune.main([str(flag) for flag in flags]) == 0
     return json.loads((folder / "out/settings.json").read_text())["results"]
 
@@ -33,11 +34,9 @@ def hash_number(number: int) -> int:
 
 def test_what_the_picture_does_not_tell_costs_most(results):
     words = results["hard_words"]
+
     assert set(list(words)[:2]) == {"star", "moon"}
     assert words["red"] < results["mean_word_loss"] < words["star"]
-
-
-def test_the_words_are_ordered_and_at_most_ten(results):
-    losses = list(results["hard_words"].values())
+    losses = list(words.values())
     assert losses == sorted(losses, reverse=True)
     assert len(losses) <= 10

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import gpu_first_minutes
 import gpu_parts
 import pytest
 import torch
-from helpers import flags_of
+from helpers import flags_of, write_several
 from transformers import Blip2ForConditionalGeneration
 
 import finetune
@@ -82,14 +83,13 @@ def test_what_is_measured_on_a_gpu_runs_on_the_cpu_too(opt_base):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_first_minutes_of_a_gpu_need_one(tmp_path):
-    command = [sys.executable, str(HERE / "gpu_first_minutes.py"), str(tmp_path / "model")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_the_first_minutes_of_a_gpu_need_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_first_minutes.py", str(tmp_path / "model")])
 
-    assert done.returncode == 1
-    assert (
-        done.stdout
-        == "error: PyTorch finds no GPU on this machine, and nothing else is tried here.\n"
+    assert gpu_first_minutes.main() == 1
+
+    assert capsys.readouterr().out == (
+        "error: PyTorch finds no GPU on this machine, and nothing else is tried here.\n"
     )
     assert not (tmp_path / "model").exists()
 
@@ -387,14 +387,28 @@ def test_a_failure_while_loading_keeps_its_own_words(
     assert_own_words(sentence, failure)
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, sample, opt_base) -> Path:
+    """The OUTPUT_DIR of a run on two pictures."""
+    folder = tmp_path_factory.mktemp("adapter")
+    flags = flags_of(
+        {
+            "TRAIN_DIR": write_several(folder / "data", sample, 2),
+            "MODEL_ID": opt_base,
+            "OUTPUT_DIR": folder / "out",
+            "EPOCHS": 1,
+        }
+    )
+    assert finetune.main(flags) == 0
+    return folder / "out"
+
+
 @pytest.mark.parametrize("failure", LOADING_FAILURES, ids=lambda failure: failure.name)
 def test_a_failure_while_loading_for_captions_keeps_its_own_words(
-    command, small_data, opt_base, hub_model, monkeypatch, tmp_path, failure
+    command, adapter, sample, hub_model, monkeypatch, failure
 ):
     """The base is on the Hub, as that of most adapters."""
-    code, _, error = command(TRAIN_DIR=small_data, MODEL_ID=opt_base, EPOCHS=1)
-    assert code == 0, error
-    path = tmp_path / "out/settings.json"
+    path = adapter / "settings.json"
     record = json.loads(path.read_text())
     record["settings"]["MODEL_ID"] = hub_model
     path.write_text(json.dumps(record))
@@ -404,7 +418,7 @@ def test_a_failure_while_loading_for_captions_keeps_its_own_words(
 
     monkeypatch.setattr(Blip2ForConditionalGeneration, "from_pretrained", fail)
 
-    code, output, error = command("--caption", str(small_data / "Image"))
+    code, output, error = command("--caption", str(sample / "Image"), OUTPUT_DIR=adapter)
 
     assert code == 1
     assert output == ""

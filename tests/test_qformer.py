@@ -17,12 +17,13 @@ SETTINGS = {
     "OUTPUT_DIR": "out",
     "DEVICE": "cpu",
     "BATCH_SIZE": 6,
-    "EPOCHS": 6,
+    "EPOCHS": 3,
     "LORA_RANK": 4,
     "LEARNING_RATE": 3e-3,
     "VALIDATION_FRACTION": 0.25,
     "CHECKPOINT_MINUTES": 1e-6,
     "NUM_WORKERS": 1,
+    "MAX_CAPTION_TOKENS": 8,  # an untrained T5 never ends a caption
     "LORA_TARGETS": "qformer+attention",
 }
 

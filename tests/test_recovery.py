@@ -311,6 +311,23 @@ WHILE_IT_FINISHES = [  # in this order; the second captions and the third adapte
     "before rename *.unfinished 1",
     "after rename *.unfinished 1",
 ]
+WHILE_IT_FINISHES_AGAIN = [  # what was done before is not done again
+    "before caption 1",
+    "before adapter 1",
+    "after open *pairs.csv 1",
+    "after open *held_out.csv 1",
+    "before draw 1",
+    "before replace *losses.png 1",
+    "before replace *report.html 1",
+    "after replace *report.html 1",
+    "after replace *README.md 1",
+    "before replace *settings.json 1",
+    "before unlink *checkpoint.pt 1",
+    "after unlink *checkpoint.pt 1",
+    "before rename *out 1",
+    "after rename *out 1",
+    "before rename *.unfinished 1",
+]
 
 
 def join_events(events: list[str]) -> str:
@@ -341,22 +358,33 @@ def test_killed_while_it_trains_it_ends_with_the_same_adapter(events, encoded):
         assert " done" not in ended.out
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("event", WHILE_IT_FINISHES)
-def test_stopped_while_it_finishes_it_ends_with_the_same_adapter(event, number, encoded):
+def test_killed_while_it_finishes_it_ends_with_the_same_adapter(event, encoded):
     """With an earlier run in OUTPUT_DIR, which is usable until it is renamed by the date."""
     encoded.add_earlier_run()
 
-    stopped = encoded.run_with(send(number), event)
+    encoded.kill(event)
 
-    assert stopped.code == (130 if number == signal.SIGINT else -signal.SIGKILL), stopped
-    assert "Traceback" not in stopped.err
     if "rename" not in event:
         assert read_files(encoded.out) == encoded.earlier_run
-
     ended = encoded.finish()
-
     assert f", {STEPS} done" in ended.out or FINISHED in ended.out, ended
+
+
+def test_stopped_again_and_again_while_it_finishes_it_ends_with_the_same_adapter(encoded):
+    """By Ctrl-C, at one event after the other."""
+    encoded.add_earlier_run()
+    encoded.kill("before caption 2")
+
+    for event in WHILE_IT_FINISHES_AGAIN:
+        stopped = encoded.run_with(send(signal.SIGINT), event)
+
+        assert stopped.code == 130, (event, stopped)
+        assert "Traceback" not in stopped.err, (event, stopped)
+        if "rename" not in event:
+            assert read_files(encoded.out) == encoded.earlier_run, event
+
+    encoded.finish()
 
 
 STOPPED = "stopped; to continue, run the same command again\n"

@@ -610,9 +610,10 @@ def test_the_cards_snippet_captions_as_the_flag_does(
         EPOCHS=epochs,
         BATCH_SIZE=4,
         LEARNING_RATE=rate,
-        MAX_CAPTION_TOKENS=24,
+        MAX_CAPTION_TOKENS=16,
+        SAMPLE_COUNT=2,
     )
-    pictures = [str(path) for path in sorted(small_data.glob("Image/*/*.png"))[::5]]
+    pictures = [str(path) for path in sorted(small_data.glob("Image/*/*.png"))[::8]]
     code, output, error = command("--caption", *pictures, OUTPUT_DIR="it's out")
     assert code == 0, error
     captions = read_captions(output)
@@ -623,10 +624,10 @@ def test_the_cards_snippet_captions_as_the_flag_does(
         assert run_snippet(run.card, picture) == f"{caption}\n"
 
     # On a CPU with avx512_bf16, bitsandbytes sets a flag with which it repacks 4-bit weights.
-    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
-    for picture in pictures:
-        caption, _ = captions[picture]
-        assert run_snippet(run.card, picture) == f"{caption}\n", "with avx512_bf16"
+    if in_4bit:
+        monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+        caption, _ = captions[pictures[0]]
+        assert run_snippet(run.card, pictures[0]) == f"{caption}\n", "with avx512_bf16"
 
 
 @pytest.mark.parametrize(
