@@ -232,6 +232,16 @@ def killed_once(reference, tmp_path_factory) -> Workspace:
     return work
 
 
+@pytest.fixture(scope="module")
+def killed_at_the_end(reference, tmp_path_factory) -> Workspace:
+    """With an earlier run in OUTPUT_DIR."""
+    work = reference.copy(tmp_path_factory.mktemp("killed") / "run", "out*")
+    work.add_earlier_run()
+    work.kill("before caption 2")
+    assert step_of(work.folder) == STEPS
+    return work
+
+
 @pytest.fixture
 def new(reference, tmp_path) -> Workspace:
     """Nothing has run here."""
@@ -248,6 +258,14 @@ def encoded(reference, tmp_path) -> Workspace:
 def unfinished(killed_once, tmp_path) -> Workspace:
     """A run was killed after four steps."""
     return killed_once.copy(tmp_path / "run")
+
+
+@pytest.fixture
+def trained(killed_at_the_end, tmp_path) -> Workspace:
+    """A run was killed after its last step; OUTPUT_DIR holds an earlier one."""
+    work = killed_at_the_end.copy(tmp_path / "run")
+    work.earlier_run = killed_at_the_end.earlier_run
+    return work
 
 
 @pytest.fixture
@@ -293,25 +311,7 @@ WHILE_IT_TRAINS = [
     ["before rename *.unfinished 1"],
     ["after rename *.unfinished 1"],
 ]
-WHILE_IT_FINISHES = [  # in this order; the second captions and the third adapter are made then
-    "before caption 2",
-    "before adapter 3",
-    "after open *pairs.csv 1",
-    "after open *held_out.csv 1",
-    "before draw 1",
-    "before replace *losses.png 1",
-    "before replace *report.html 1",
-    "after replace *report.html 1",
-    "after replace *README.md 1",
-    "before replace *settings.json 4",
-    "before unlink *checkpoint.pt 2",
-    "after unlink *checkpoint.pt 2",
-    "before rename *out 1",
-    "after rename *out 1",
-    "before rename *.unfinished 1",
-    "after rename *.unfinished 1",
-]
-WHILE_IT_FINISHES_AGAIN = [  # what was done before is not done again
+WHILE_IT_FINISHES = [  # in this order
     "before caption 1",
     "before adapter 1",
     "after open *pairs.csv 1",
@@ -327,6 +327,7 @@ WHILE_IT_FINISHES_AGAIN = [  # what was done before is not done again
     "before rename *out 1",
     "after rename *out 1",
     "before rename *.unfinished 1",
+    "after rename *.unfinished 1",
 ]
 
 
@@ -359,32 +360,27 @@ def test_killed_while_it_trains_it_ends_with_the_same_adapter(events, encoded):
 
 
 @pytest.mark.parametrize("event", WHILE_IT_FINISHES)
-def test_killed_while_it_finishes_it_ends_with_the_same_adapter(event, encoded):
-    """With an earlier run in OUTPUT_DIR, which is usable until it is renamed by the date."""
-    encoded.add_earlier_run()
-
-    encoded.kill(event)
+def test_killed_while_it_finishes_it_ends_with_the_same_adapter(event, trained):
+    """The earlier run is usable until it is renamed by the date."""
+    trained.kill(event)
 
     if "rename" not in event:
-        assert read_files(encoded.out) == encoded.earlier_run
-    ended = encoded.finish()
+        assert read_files(trained.out) == trained.earlier_run
+    ended = trained.finish()
     assert f", {STEPS} done" in ended.out or FINISHED in ended.out, ended
 
 
-def test_stopped_again_and_again_while_it_finishes_it_ends_with_the_same_adapter(encoded):
+def test_stopped_again_and_again_while_it_finishes_it_ends_with_the_same_adapter(trained):
     """By Ctrl-C, at one event after the other."""
-    encoded.add_earlier_run()
-    encoded.kill("before caption 2")
-
-    for event in WHILE_IT_FINISHES_AGAIN:
-        stopped = encoded.run_with(send(signal.SIGINT), event)
+    for event in WHILE_IT_FINISHES:
+        stopped = trained.run_with(send(signal.SIGINT), event)
 
         assert stopped.code == 130, (event, stopped)
         assert "Traceback" not in stopped.err, (event, stopped)
         if "rename" not in event:
-            assert read_files(encoded.out) == encoded.earlier_run, event
+            assert read_files(trained.out) == trained.earlier_run, event
 
-    encoded.finish()
+    trained.finish()
 
 
 STOPPED = "stopped; to continue, run the same command again\n"
