@@ -85,18 +85,18 @@ OUTPUT_DIR: str = "blip2_lora_finetuned"  # what the run leaves; an earlier run 
 # model
 MODEL_ID: str = "Salesforce/blip2-opt-2.7b"  # Hub name or folder of a BLIP-2 with OPT or Flan-T5
 START_FROM: str = ""  # folder of a finished run, whose adapter is trained on; "": a new adapter
-DEVICE: str = "auto"  # auto, cuda, cuda:1, cpu
-DTYPE: str = "auto"  # of all that is not in 4 bits: auto, bfloat16, float16, float32
+DEVICE: str = "auto"  # where it runs: auto, cuda, cuda:1, cpu
+DTYPE: str = "auto"  # precision of what is not in 4 bits: auto, bfloat16, float16, float32
 LOAD_IN_4BIT: bool = True  # language model in NF4, for less memory; False: faster where it fits
 # LoRA
 LORA_RANK: int = 16  # size of the adapter: a larger one can learn more
 LORA_ALPHA: float = 32.0  # the adapter's outputs are scaled by LORA_ALPHA / LORA_RANK
 LORA_DROPOUT: float = 0.05  # share of the adapter's inputs dropped in training; 0: off
-LORA_TARGETS: str = "attention"  # or all-linear, qformer, qformer+attention, ...: see README
+LORA_TARGETS: str = "attention"  # layers that learn; or all-linear, qformer, qformer+attention
 # captions
 PROMPT: str = ""  # text before every caption, given and not learned; "": none
 MAX_CAPTION_TOKENS: int = 64  # longer captions are cut, and counted
-NUM_BEAMS: int = 1  # of the beam search for a caption; 1: greedy, the fastest
+NUM_BEAMS: int = 1  # beams of the search for a caption; 1: greedy, the fastest
 # training
 EPOCHS: int = 10  # passes over the training pairs
 BATCH_SIZE: int = 16  # pairs in one optimizer step; what does not fit into memory is split
@@ -554,6 +554,7 @@ class Findings:
     joined: list[str] = dataclasses.field(default_factory=list)  # captions of several lines
     not_pictures: list[str] = dataclasses.field(default_factory=list)  # by their extension
     one_colour: list[str] = dataclasses.field(default_factory=list)  # pictures, which are used
+    sharing: list[str] = dataclasses.field(default_factory=list)  # pictures with one .txt
 
     def skip(self, path: str, reason: str) -> None:
         self.skipped.append(Skipped(path, reason))
@@ -579,6 +580,12 @@ def print_notes(findings: Findings, name_files: bool) -> None:
             "caption file has several lines, which were joined",
             "caption files have several lines, which were joined",
             "If each line is a caption of its own, use a table.",
+        ),
+        (
+            findings.sharing,
+            "picture shares its .txt with another of the same name",
+            "pictures share their .txt with another of the same name",
+            "If each has a caption of its own, rename one of the two, and give it its own .txt.",
         ),
         (
             findings.not_pictures,
@@ -973,6 +980,10 @@ def read_beside(folder: str, findings: Findings) -> list[Pair]:
             for path in paths:
                 findings.skip(path, explain_text_table(path))
             del captions[name]
+
+    for name, paths in pictures.items():
+        if name in captions and len(paths) > 1:  # a.jpg, a.png, and a.txt
+            findings.sharing.extend(paths)
     return match_names(captions, pictures, findings)
 
 
@@ -1093,10 +1104,19 @@ def read_csv_rows(path: str, text: str) -> Iterator[TableRow]:
         if len(header.cells) > len(widest_header):
             widest_header = header.cells
 
-    raise UserError(
-        f"{path!r} has the columns {widest_header[:20]}, and needs {WANTED_COLUMNS}. Rename the "
-        "columns, add them as a first row if they are missing, or save the table as CSV."
-    )
+    raise UserError(f"{path!r} {explain_header(widest_header)}")
+
+
+def explain_header(cells: list[str]) -> str:
+    """What is wrong with a first row that does not have both columns, and the remedy."""
+    if any(is_picture_extension(os.path.splitext(cell.strip())[1]) for cell in cells):
+        return (
+            f"has no names of columns: its first row is {cells[:20]}. Add a row above it with "
+            f"{WANTED_COLUMNS}."
+        )
+    if len(cells) <= 1:
+        return f"has one column {cells}, and needs {WANTED_COLUMNS}. Save the table as CSV."
+    return f"has the columns {cells[:20]}, and needs {WANTED_COLUMNS}. Rename the columns."
 
 
 def read_cells(path: str, header: Header, columns: tuple[str, str]) -> Iterator[TableRow]:
@@ -1120,7 +1140,7 @@ def read_cells(path: str, header: Header, columns: tuple[str, str]) -> Iterator[
             next_line = reader.line_num + 1
             problem = ""
             if len(row) > width and "".join(row[width:]).strip():
-                problem = f"it has more cells than the header has names; {remedy}"
+                problem = f"it has more cells than there are columns; {remedy}"
             elif len(row) <= last_index:
                 if not "".join(row).strip():  # an empty line
                     continue
@@ -4439,19 +4459,20 @@ def caption_pictures(settings: argparse.Namespace) -> int:
             captions[picture] = caption
 
     with contextlib.redirect_stdout(sys.stderr):
+        unwritten: list[str] = []
         if settings.write_txt:
-            write_caption_files(captions)
+            unwritten = write_caption_files(captions)
         if settings.page:
-            write_caption_page(Path(settings.page).expanduser(), captions)
+            write_caption_page(Path(settings.page).expanduser(), captions, unwritten)
         print_notes(findings, name_files=False)
         print_skipped(findings.skipped, show_all=True)
     return 1 if findings.skipped else 0
 
 
-def write_caption_files(captions: dict[str, Caption]) -> None:
-    """<name>.txt next to each picture that has none."""
+def write_caption_files(captions: dict[str, Caption]) -> list[str]:
+    """<name>.txt next to each picture that has none. Returns the other pictures."""
     written: set[Path] = set()
-    kept = 0
+    unwritten = []
     for picture, caption in captions.items():
         path = Path(picture).with_suffix(".txt")
         names = [name.casefold() for name in os.listdir(path.parent)]
@@ -4460,22 +4481,32 @@ def write_caption_files(captions: dict[str, Caption]) -> None:
                 f"{printable(picture)}: no .txt is written, since {path.name} is that of another "
                 "picture with this name. Rename one of the two."
             )
+            unwritten.append(picture)
         elif path.name.casefold() in names:
-            kept += 1
+            unwritten.append(picture)
         else:
             write_whole(path, (caption.text + "\n").encode())  # on a full disk, nothing is left
             written.add(path)
-    print(f"captions written next to pictures: {len(written)} (.txt); there already, kept: {kept}")
+    print(
+        f"captions written next to pictures, as .txt: {len(written)}; not written, because there "
+        f"is one already: {len(unwritten)}"
+    )
+    return unwritten
 
 
-def write_caption_page(path: Path, captions: dict[str, Caption]) -> None:
-    """A page of new pictures and their captions, the least sure first."""
+def write_caption_page(path: Path, captions: dict[str, Caption], unwritten: list[str]) -> None:
+    """A page of new pictures and their captions, the least sure first.
+
+    `unwritten` are those whose .txt has other words than the page.
+    """
     cards = []
     for picture, caption in sorted(captions.items(), key=lambda item: item[1].confidence):
         lines = [
             Line("", caption.text),
             Line("confidence", f"{caption.confidence:.2f}", "quiet"),
         ]
+        if picture in unwritten:
+            lines.append(Line("", "not written: there is a .txt already", "quiet"))
         cards.append(Card(picture, lines))
     content = format_section("The least sure first", cards, MAX_PICTURES_SHOWN, os.curdir)
     write_page(path, "BLIP-2 captions", content)

@@ -297,15 +297,17 @@ def test_a_base_that_has_moved_is_named(command, refused, finished, opt_base, sm
 def test_write_txt_writes_next_to_pictures_and_never_over_a_file(caption):
     write_files(Path("new"), {"a.png": None, "b.png": None, "c/d.jpg": None, "b.txt": "my own"})
 
-    code, out, err = caption("new", "--write-txt")
+    code, out, err = caption("new", "--write-txt", "--page", "new.html")
 
     assert code == 0
     captions = read_captions(out)
     assert Path("new/a.txt").read_text(encoding="utf-8") == captions["new/a.png"][0] + "\n"
     assert Path("new/c/d.txt").read_text(encoding="utf-8") == captions["new/c/d.jpg"][0] + "\n"
     assert Path("new/b.txt").read_text() == "my own"
-    assert "written next to pictures: 2" in err
-    assert "kept: 1" in err
+    assert "written next to pictures, as .txt: 2;" in err
+    assert "there is one already: 1\n" in err
+    page = Path("new.html").read_text(encoding="utf-8")
+    assert page.count("not written: there is a .txt already") == 1
 
 
 def test_write_txt_knows_a_file_in_other_letters_and_two_pictures_of_one_name(caption):
@@ -318,7 +320,7 @@ def test_write_txt_knows_a_file_in_other_letters_and_two_pictures_of_one_name(ca
     captions = read_captions(out)
     assert Path("new/a.txt").read_text(encoding="utf-8") == captions["new/a.jpg"][0] + "\n"
     assert sorted(path.name for path in Path("new").glob("*.[tT]*")) == ["a.txt", "b.TXT"]
-    assert "kept: 1" in err
+    assert "there is one already: 2\n" in err
     assert "new/a.png: no .txt is written, since a.txt is that of another picture" in err
 
 

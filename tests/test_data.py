@@ -159,6 +159,7 @@ NEXT_TO_EACH_OTHER = [
             "a/1.5.txt": "a dot",
         },
         pairs=[("1.png", "one"), ("1.jpg", "one"), ("a/b/1.png", "deep"), ("a/1.5.png", "a dot")],
+        says=("2 pictures share their .txt", "rename one of the two"),
     ),
     Case(
         "accents stored in another way, next to each other",

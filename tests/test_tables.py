@@ -213,6 +213,9 @@ def test_check_says_that_the_layout_is_a_table(check, tmp_path, name, content):
 UNUSABLE = [
     no_table("no row is in UTF-8", "file_name,text\na.jpg,é\n".encode("cp1252"), "no picture in"),
     no_table("quotes that do not end", 'file_name,text\na.jpg,"a cat\n', "can't be read"),
+    no_table("no header", "a.jpg,a cat\n", "no names of columns", "Add a row"),
+    no_table("other columns", "picture,words\na.jpg,a cat\n", "['picture', 'words']", "Rename"),
+    no_table("one column", "file_name\na.jpg\n", "one column", "Save the table as CSV"),
     no_table("no columns", "{}", "file_name and text", file="metadata.jsonl"),
     no_table("JSON cut off in line 3", JSON_LINES + '{"file', "line 3 ", file="metadata.jsonl"),
     Case(
