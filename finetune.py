@@ -10,7 +10,7 @@ What goes in: pictures and their captions, in one of three layouts.
 What comes out: blip2_lora_finetuned/ with the adapter, the processor, a model card (README.md),
 report.html to look at, losses.png, held_out.csv, pairs.csv, metrics.csv, skipped.csv and
 settings.json. Until it is finished, a run is in blip2_lora_finetuned.unfinished/, with
-checkpoint.pt to continue from. What the frozen part of the model makes of each picture is kept in
+checkpoint.pt to continue from. The frozen part's output for each picture is kept in
 train/.features/, for the next run. blip2_lora_finetuned.lock keeps two runs apart.
 
     python finetune.py                       train with the settings below, which are also flags;
@@ -227,11 +227,12 @@ def spread(items: Sequence, count: int) -> list:
 
 
 # What several processes share. In a training each of them runs all of this script, on a GPU of its
-# own, with the same settings, files and seeds, and holds the same weights of its own. Work is
+# own, with the same settings, files and seeds, and holds its own copy of the weights. Work is
 # divided by `share` where it is long: pictures to encode, to measure and to caption, and the pairs
-# of a step. What comes of it is put together by accelerate (`reduce` for tensors, `gather_object`
-# for the rest), so that all processes know the same and go the same way. Only the first one, the
-# main process, prints and writes, except for features. It does --check and --caption alone.
+# of a step. The results are combined by accelerate (`reduce` for tensors, `gather_object` for the
+# rest; `broadcast_object_list` where the first process decides), so that all processes know the
+# same and go the same way. Only the first one, the main process, prints and writes, except for
+# features. It does --check and --caption alone.
 
 
 def share(items: Sequence) -> Sequence:
@@ -317,7 +318,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--caption", nargs="+", metavar="PATH", help="pictures or folders")
     parser.add_argument("--page", metavar="FILE", help="with --caption: a page that shows them")
     parser.add_argument(
-        "--write-txt", action="store_true", help="with --caption: <name>.txt next to each picture"
+        "--write-txt",
+        action="store_true",
+        help="with --caption: <name>.txt next to each that has none",
     )
 
     source = Path(__file__).read_text(encoding="utf-8")
@@ -334,7 +337,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The settings under their own names, overridden by flags; `check`, `restart` and `caption`.
+    """The settings under their own names, overridden by flags, and the other flags.
 
     Paths and prompt have one form, so that the same run is recognized.
     """
@@ -369,10 +372,9 @@ def normalize_settings(settings: argparse.Namespace) -> None:
         if os.path.isdir(model_id):  # the adapter names it, and is used from elsewhere
             model_id = os.path.abspath(model_id)
         settings.MODEL_ID = model_id
-    if isinstance(
-        getattr(settings, "PROMPT", None), str
-    ):  # a space at its end changes how the caption is tokenized
-        settings.PROMPT = " ".join(settings.PROMPT.split())
+    prompt = getattr(settings, "PROMPT", None)
+    if isinstance(prompt, str):  # a space at its end changes how the caption is tokenized
+        settings.PROMPT = " ".join(prompt.split())
 
 
 class Rule(NamedTuple):
@@ -546,8 +548,8 @@ class Findings:
 
     This is how a picture is left out: whoever can't use it calls `skip` with the reason, and makes
     no pair of it. That is a reader of a layout, or, for a picture that can't be decoded,
-    `decode_pictures`; `list_readable` then leaves out the pairs of those. print_findings tells it,
-    and skipped.csv has all of `skipped`.
+    `decode_pictures`; `list_readable` then leaves out the pairs of those. print_findings
+    reports it, and skipped.csv has all of `skipped`.
     """
 
     skipped: list[Skipped] = dataclasses.field(default_factory=list)  # what is not used
@@ -661,7 +663,7 @@ FIRST_BYTES = (  # of files that are often found in the place of another: what t
 
 
 def recognize(first_bytes: bytes) -> str:
-    """What a file is that was meant to be another, and what to do; "": nothing is known of it."""
+    """What a misplaced file really is, and what to do; "": it is not recognized."""
     without_space = first_bytes.removeprefix(b"\xef\xbb\xbf").lstrip()  # before text
     for pattern, meaning in FIRST_BYTES:
         for start in (first_bytes, without_space):
@@ -1063,6 +1065,10 @@ def read_rows(path: str) -> Iterator[TableRow]:
     return read_csv_rows(path, text)
 
 
+# Before a delimiter or the end of a line. "" is a quote inside a cell, and does not close it.
+SPACES_AFTER_CLOSING_QUOTE = re.compile(r'(?<!")" +(?=[,;|\t\r\n])')
+
+
 class Header(NamedTuple):
     """The first row of a CSV file, and a csv.reader for the rows after it."""
 
@@ -1076,7 +1082,7 @@ def read_header(text: str, delimiter: str) -> Header:
     # Flickr30k's table has no quotes around its cells, and quotes in its captions.
     is_unquoted = delimiter == "|" and '"' not in first_line
     if not is_unquoted and '" ' in text:
-        text = re.sub(r'(?<!")" +(?=[,;|\t\r\n])', '"', text)  # no spaces after a closing quote
+        text = SPACES_AFTER_CLOSING_QUOTE.sub('"', text)
     reader = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=delimiter,
@@ -1485,7 +1491,7 @@ def hash_content(path: str) -> bytes:
 
 
 def find_copies(pictures: Iterable[str]) -> dict[str, str]:
-    """Pictures that are, byte for byte, another one; each with the first of them by name."""
+    """Maps each picture that is a copy of another, byte for byte, to the first of them by name."""
     groups = [sorted(path for path in set(pictures) if os.path.isfile(path))]
     for key in (os.path.getsize, read_tail, hash_content):  # the cheapest first
         smaller_groups = []
@@ -1619,7 +1625,7 @@ def make_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | No
 
 
 def is_one_colour(picture: Image.Image) -> bool:
-    """Whether a picture (RGB) looks like one colour: looked at on a grid of 64 x 64 points."""
+    """Whether a picture (RGB) looks like one colour, judged by a grid of 64 x 64 points."""
     points = picture.resize((64, 64), Image.Resampling.NEAREST)
     return all(high - low < ONE_COLOUR_RANGE for low, high in points.getextrema())
 
@@ -1761,7 +1767,7 @@ class PartSize:
 
 
 class Example(NamedTuple):
-    """A pair as it is trained and measured on."""
+    """A pair, ready for training or measuring."""
 
     features: torch.Tensor  # of the picture, see Captioner.encode
     caption: str
@@ -1932,8 +1938,8 @@ class Captioner:
     def encode(self, pixel_values: Sequence[np.ndarray]) -> torch.Tensor:
         """The features of pictures, which never change, on the CPU.
 
-        `pixel_values` are (3, height, width) for each. Features are what the frozen layers before
-        the first one with LoRA make of them: the Q-Former's output, (pictures, num_query_tokens,
+        `pixel_values` are (3, height, width) for each. Features are the output of the frozen
+        layers before the first one with LoRA: that of the Q-Former, (pictures, num_query_tokens,
         hidden), or, if the Q-Former is trained, its input, (pictures, patches + 1, width).
         """
 
@@ -2118,12 +2124,13 @@ def choose_device(name: str, dtype: str, is_t5: bool, parameters: int) -> Device
         try:
             device = find_gpu(name)
         except (AssertionError, RuntimeError) as error:
-            reason = f"no GPU: {str(error).splitlines()[0].rstrip('.')}"
+            why = str(error).splitlines()[0].rstrip(".")
             if name != "auto" or parameters > MAX_CPU_PARAMETERS:
                 raise UserError(
-                    f"DEVICE is {name!r}, but there is {reason}. {find_gpu_remedy(reason)}, or "
-                    "use --device cpu, which is slow with a large model."
+                    f"DEVICE is {name!r}, but {explain_missing_gpu(name, why)}, or use --device "
+                    "cpu, which is slow with a large model."
                 ) from error
+            reason = f"no GPU: {why}"
 
     capability = (0, 0)
     if device.type == "cuda":
@@ -2146,18 +2153,23 @@ def choose_device(name: str, dtype: str, is_t5: bool, parameters: int) -> Device
     return DeviceChoice(device, getattr(torch, dtype), reason)
 
 
-def find_gpu_remedy(reason: str) -> str:
-    """What to do where PyTorch can't use the GPU that is asked for, for this reason."""
+def explain_missing_gpu(name: str, why: str) -> str:
+    """What PyTorch says of the GPU that is asked for, and what to do, without a full stop."""
     count = torch.cuda.device_count()
-    if "too old" in reason:
-        return OLD_DRIVER_REMEDY
-    if count:
-        return f"The GPUs are cuda:0 to cuda:{count - 1}"
-    if torch.version.cuda is None and torch.version.hip is None:
-        return "Install a PyTorch with CUDA"
-    if "driver" in reason:
-        return "Install NVIDIA's driver"
-    return "See what nvidia-smi shows, and whether CUDA_VISIBLE_DEVICES hides it"
+    if "too old" in why:
+        remedy = OLD_DRIVER_REMEDY
+    elif name.startswith("cuda:") and 0 < count <= int(name.removeprefix("cuda:")):
+        existing = "only cuda:0"
+        if count > 1:
+            existing = f"only cuda:0 to cuda:{count - 1}"
+        return f"there is {existing} ({why}). Name one that exists"
+    elif torch.version.cuda is None and torch.version.hip is None:
+        remedy = "Install a PyTorch with CUDA"
+    elif "driver" in why:
+        remedy = "Install NVIDIA's driver"
+    else:
+        remedy = "See what nvidia-smi shows, and whether CUDA_VISIBLE_DEVICES hides it"
+    return f"there is no GPU: {why}. {remedy}"
 
 
 def check_model_folder(folder: str) -> None:
@@ -2374,7 +2386,7 @@ def load_captioner(settings: argparse.Namespace) -> Captioner:
         raise
     except Exception as error:  # the libraries raise many kinds
         if is_out_of_memory(error):
-            reason = str(error).rstrip(".")
+            reason = str(error).rstrip(".") or "out of memory"
             raise UserError(f"{reason}, while the model was loaded. {LOADING_REMEDY}") from error
         raise UserError(explain_loading_error(settings.MODEL_ID, error)) from error
     print(f"memory: {model.get_memory_footprint() / 1e9:.3g} GB for the weights")
@@ -2759,7 +2771,7 @@ def held_out_loss(captioner: Captioner, held_out: ImageCaptioningDataset) -> flo
 
 
 def caption_held_out(captioner: Captioner, datasets: Datasets) -> list[Caption]:
-    """A caption for each picture that is captioned."""
+    """Captions for datasets.to_caption, in its order."""
     captioned = []
     for pictures in own_batches(datasets.to_caption, "captioning"):
         features = [datasets.held_out.load_picture(picture) for picture in pictures]
@@ -2992,7 +3004,8 @@ class Learner:
         for the GPU only here, once: what is needed of it comes in one vector.
         """
         pair_losses = torch.zeros(count, device=self.master.device)
-        share(pair_losses).copy_(own_losses)  # a view: the places of this process
+        own_places = share(pair_losses)  # a view
+        own_places.copy_(own_losses)
         stop_flag = self.captioner.send(torch.tensor([float(stop)]))
         losses_and_stop = reduce(torch.cat([pair_losses, stop_flag]), "sum")
         self.gradient.copy_(reduce(self.gradient, "sum"))
@@ -3002,11 +3015,8 @@ class Learner:
         # The scaler's factor as a tensor: get_scale() would wait for the GPU.
         one = torch.ones(1, device=self.master.device)
         norm = self.gradient.norm() / self.scaler.scale(one)
-        numbers = torch.cat([losses_and_stop, norm]).tolist()
-        processes_to_stop = numbers[count]
-        return StepResult(
-            pair_losses=numbers[:count], stop=processes_to_stop > 0, norm=numbers[count + 1]
-        )
+        *losses, processes_to_stop, norm = torch.cat([losses_and_stop, norm]).tolist()
+        return StepResult(pair_losses=losses, stop=processes_to_stop > 0, norm=norm)
 
     def step(self, rate: float, norm: float, max_norm: float, qformer_alone: bool = False) -> None:
         """A step of AdamW; GradScaler skips it if the norm is not finite, and lowers its scale."""
@@ -3015,10 +3025,13 @@ class Learner:
             weights.grad = gradient
         if qformer_alone:
             self.optimized[1].grad = None  # neither moments nor step count nor decay for these
-        self.optimizer.param_groups[0]["lr"] = rate
+
+        # Each grad is a view of self.gradient: unscaling and clipping change both.
         self.scaler.unscale_(self.optimizer)
         if max_norm:
             self.gradient *= min(1.0, max_norm / (norm + 1e-6))
+
+        self.optimizer.param_groups[0]["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.copy_to_weights()
@@ -3079,11 +3092,14 @@ class Progress:
 
 
 # Settings that records of earlier versions lack, and the values that were in effect then.
-LATER_SETTINGS = {"START_FROM": ""}
+LATER_SETTINGS = {"NUM_BEAMS": 1, "START_FROM": ""}
 
 
 def complete_record(record: dict[str, Any]) -> dict[str, Any]:
-    """With values for the settings that did not exist when it was written."""
+    """With values for the settings that did not exist when it was written.
+
+    They are those of LATER_SETTINGS, and for a setting that is not among them, today's.
+    """
     settings = default_settings() | LATER_SETTINGS | record["settings"]
     return {"start_from_hash": ""} | record | {"settings": settings}
 
@@ -3104,7 +3120,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 def hash_data(settings: argparse.Namespace, data: Data) -> str:
     """A hash of the pictures' relative paths, their sizes, and the captions.
 
-    Not of the times of their last change: a copied folder holds the same data.
+    Not of their modification times: a copied folder holds the same data.
     """
     lines = []
     for pairs, root in (
@@ -3214,13 +3230,13 @@ class Tracking:
 
 @dataclasses.dataclass
 class Run:
-    """What a run is recognized by, how far it has come, and where it writes.
+    """What identifies a run, how far it has come, and where it writes.
 
     It is in `folder` until it is finished, then in `output`, which is OUTPUT_DIR.
 
     This is what makes a run continue: checkpoint.pt in `folder`, which `save` writes after each
     epoch, every few minutes and after a signal. `find_checkpoint` loads it, unless --restart is
-    given. `note` then refuses to go on where settings, data or model differ from those in it.
+    given. `refuse_changes` then raises where settings, data or model differ from those in it.
     """
 
     output: Path
@@ -3277,12 +3293,12 @@ class Run:
             return
         if self.checkpoint_path.exists():
             self.checkpoint = self.load_checkpoint()
-            self.note()
+            self.refuse_changes()
             return
         finished = read_record(self.output)
         if self.record["settings"]["START_FROM"] and self.starts_from_output():
-            # The finished run has taken the place of what it started from, whose hash can't be
-            # compared any more: it counts as the same.
+            # The finished run has taken the place of what it started from. That can't be compared
+            # any more, so it counts as the same.
             finished["start_from_hash"] = self.record["start_from_hash"]
         if finished.get("results"):
             self.is_finished = not list_differences(finished, self.record)
@@ -3308,12 +3324,15 @@ class Run:
         return checkpoint
 
     def note(self, **facts: Any) -> None:
-        """Adds facts to the record. Raises UserError where those of an unfinished run differ.
-
-        Only here is decided whether an unfinished run may be continued: the facts in its checkpoint
-        must be those of this run.
-        """
+        """Adds facts to the record. Raises UserError where those of an unfinished run differ."""
         self.record |= facts
+        self.refuse_changes()
+
+    def refuse_changes(self) -> None:
+        """Raises UserError where the facts in the checkpoint are not those of this run.
+
+        This alone decides whether an unfinished run may be continued.
+        """
         if not self.checkpoint:
             return
         differences = list_differences(self.checkpoint["record"], self.record)
@@ -3321,8 +3340,8 @@ class Run:
             lines = [
                 f"{str(self.folder)!r} holds an unfinished run that differs from this one:",
                 *differences,
-                "Undo that to continue, use --restart to train from scratch, or name another "
-                "OUTPUT_DIR.",
+                "Undo these changes to continue, use --restart to train from scratch, or name "
+                "another OUTPUT_DIR.",
             ]
             raise UserError("\n  ".join(lines))
 
@@ -3598,8 +3617,10 @@ def refuse_not_finite(result: StepResult, learner: Learner, step: int, pictures:
     for picture, loss in zip(pictures, result.pair_losses, strict=True):
         if not math.isfinite(loss):
             causes.append(printable(picture))
+    if not causes and math.isfinite(result.norm):
+        return
     can_scale_lower = learner.scaler.is_enabled() and learner.scaler.get_scale() > 1
-    if not causes and (math.isfinite(result.norm) or can_scale_lower):
+    if not causes and can_scale_lower:
         return
 
     what = f"the norm of the gradient is {result.norm}"
@@ -4170,7 +4191,7 @@ PAGES = ("losses.png", "report.html", "README.md")
 
 
 def make_missing_pages(folder: Path, record: dict[str, Any]) -> int:
-    """The pages that are not in the folder. Returns the exit code: 1 if one can't be made."""
+    """Makes the pages that are not in the folder. Returns the exit code: 1 if one can't be made."""
     code = 0
     makers = (draw_losses, write_report, write_card)  # in this order: the page shows the losses
     for name, make in zip(PAGES, makers, strict=True):
@@ -4193,9 +4214,8 @@ def flush_files(folder: Path) -> None:
     """Flushes all files to the disk, and gives them the permissions of settings.json."""
     for path in folder.iterdir():
         if path.is_file():
-            shutil.copymode(
-                folder / "settings.json", path
-            )  # PEFT's can be read only by their owner
+            # PEFT's can be read only by their owner.
+            shutil.copymode(folder / "settings.json", path)
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
 
@@ -4203,7 +4223,10 @@ def flush_files(folder: Path) -> None:
 def write_results(
     run: Run, learner: Learner, datasets: Datasets, progress: Progress, findings: Findings
 ) -> int:
-    """All that a run leaves. Killed anywhere, it can be run again. Returns the exit code."""
+    """Writes all that a run leaves, and returns the exit code.
+
+    If it is killed at any point, the same command does the rest.
+    """
     held_out_losses = measure_losses(learner.captioner, datasets.held_out)
     captions = caption_held_out(learner.captioner, datasets)
     hard_words = find_hard_words(learner.captioner, datasets.held_out)
@@ -4239,7 +4262,9 @@ def write_results(
     run.publish()
     print_summary(record, captioned)
     print(f"adapter:         {printable(str(run.output))}")
-    print(f"look at:         {printable(str(run.output / 'report.html'))}")
+    page = run.output / "report.html"
+    if page.exists():
+        print(f"look at:         {printable(str(page))}")
     return code
 
 
@@ -4413,6 +4438,7 @@ def load_trained(settings: argparse.Namespace) -> Captioner:
     trained.DTYPE = "auto" if dtype == "float16" else dtype  # which not all devices have
     captioner = load_captioner(trained)
     try:
+        # This puts LoRA into captioner.model, in place: what is returned is not needed.
         PeftModel.from_pretrained(
             captioner.model,
             str(output),
@@ -4451,7 +4477,7 @@ def caption_pictures(settings: argparse.Namespace) -> int:
     captions: dict[str, Caption] = {}
     processor = captioner.processor.image_processor
     for pixels in read_pictures(pictures, processor, settings.NUM_WORKERS, "captioning", findings):
-        with contextlib.redirect_stdout(sys.stderr):  # where it is told if memory runs out
+        with contextlib.redirect_stdout(sys.stderr):  # it says there if memory runs out
             new_captions = captioner.caption(captioner.encode(list(pixels.values())))
         for picture, caption in zip(pixels, new_captions, strict=True):
             line = f"{printable(picture)}\t{printable(caption.text)}\t{caption.confidence:.4f}"
@@ -4471,22 +4497,22 @@ def caption_pictures(settings: argparse.Namespace) -> int:
 
 def write_caption_files(captions: dict[str, Caption]) -> list[str]:
     """<name>.txt next to each picture that has none. Returns the other pictures."""
-    written: set[Path] = set()
+    written: set[str] = set()  # in lower case, since on some disks A.txt is a.txt
     unwritten = []
     for picture, caption in captions.items():
         path = Path(picture).with_suffix(".txt")
         names = [name.casefold() for name in os.listdir(path.parent)]
-        if path in written:
+        if str(path).casefold() in written:
             print(
-                f"{printable(picture)}: no .txt is written, since {path.name} is that of another "
-                "picture with this name. Rename one of the two."
+                f"{printable(picture)}: no .txt is written, because {path.name} belongs to "
+                "another picture of the same name. Rename one of the two."
             )
             unwritten.append(picture)
         elif path.name.casefold() in names:
             unwritten.append(picture)
         else:
             write_whole(path, (caption.text + "\n").encode())  # on a full disk, nothing is left
-            written.add(path)
+            written.add(str(path).casefold())
     print(
         f"captions written next to pictures, as .txt: {len(written)}; not written, because there "
         f"is one already: {len(unwritten)}"
@@ -4580,7 +4606,7 @@ def run_command(settings: argparse.Namespace) -> int:
     return fine_tune(settings, data, findings)
 
 
-def find_remedy(error: Exception) -> str:
+def find_remedy(error: Exception, how_to_continue: str) -> str:
     """What to do about an error that a library raised; "": none is known."""
     if isinstance(error, Timeout):  # of the lock of OUTPUT_DIR
         return (
@@ -4590,7 +4616,7 @@ def find_remedy(error: Exception) -> str:
     if is_out_of_memory(error):
         return f"{MEMORY_REMEDY}."
     if isinstance(error, OSError) or "os error" in str(error):  # safetensors' have no class
-        return "Fix that, and run the same command again."
+        return f"Fix that. Then {how_to_continue}."
     is_of_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
     if isinstance(error, torch.distributed.DistError) or is_of_gloo:
         return "Another process has ended: see its message."
@@ -4620,46 +4646,47 @@ def interrupt(number: int, _: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     real_stderr = sys.stderr
-    speaker = ""
+    prefix = ""
     rank = int(os.environ.get("RANK", 0))
     if rank > 0:  # only the first of several processes prints; the others print errors
-        speaker = f"process {rank}: "
+        prefix = f"process {rank}: "
         sys.stdout = sys.stderr = open(os.devnull, "w")
     prepare_output()
     settings = parse_arguments(argv)
     is_training = not settings.check and not settings.caption
-    again = ""
-    if is_training and settings.restart:
-        again = " (To continue, leave out --restart if training steps were shown already.)"
+    how_to_continue = "run the same command again"
+    if is_training and settings.restart:  # which would give up what the restarted run has saved
+        how_to_continue = (
+            "run the same command without --restart; if no training step was shown yet, with it"
+        )
 
     handler = signal.signal(signal.SIGTERM, interrupt)
     try:
         return run_command(settings)
     except (KeyboardInterrupt, Stopped) as stopped:
-        line = f"{speaker}stopped"
+        line = f"{prefix}stopped"
         if is_training:
-            line += f"; to continue, run the same command again{again}"
+            line += f"; to continue, {how_to_continue}"
         print(line, file=real_stderr)
         number = stopped.args[0] if stopped.args else signal.SIGINT
         return 128 + number
     except UserError as error:
-        print(f"{speaker}error: {error}", file=real_stderr)
+        print(f"{prefix}error: {error}", file=real_stderr)
         return 1
     except BrokenPipeError:  # nobody reads the output any more: --check | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if is_training:
             print(
-                f"{speaker}stopped, because the output was closed. The same command continues."
-                f"{again}",
+                f"{prefix}stopped, because the output was closed; to continue, {how_to_continue}",
                 file=real_stderr,
             )
         return 1
     except Exception as error:
-        remedy = find_remedy(error)
+        remedy = find_remedy(error, how_to_continue)
         if not remedy:
             raise
         reason = str(error).rstrip(".") or type(error).__name__
-        print(f"{speaker}error: {reason}. {remedy}{again}", file=real_stderr)
+        print(f"{prefix}error: {reason}. {remedy}", file=real_stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, handler)

@@ -321,7 +321,17 @@ def test_write_txt_knows_a_file_in_other_letters_and_two_pictures_of_one_name(ca
     assert Path("new/a.txt").read_text(encoding="utf-8") == captions["new/a.jpg"][0] + "\n"
     assert sorted(path.name for path in Path("new").glob("*.[tT]*")) == ["a.txt", "b.TXT"]
     assert "there is one already: 2\n" in err
-    assert "new/a.png: no .txt is written, since a.txt is that of another picture" in err
+    assert "new/a.png: no .txt is written, because a.txt belongs to another picture" in err
+
+
+def test_two_pictures_whose_names_differ_in_letters_alone_do_not_share_a_txt(caption):
+    """On Windows and macOS, A.txt is a.txt."""
+    write_files(Path("new"), {"A.png": None, "a.jpg": None})
+
+    _, _, err = caption("new", "--write-txt")
+
+    assert [path.name for path in Path("new").glob("*.txt")] == ["A.txt"]
+    assert "new/a.jpg: no .txt is written, because a.txt belongs to another picture" in err
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,9 @@ def test_without_a_gpu_a_large_model_or_cuda_is_refused(device, parameters, mach
 @pytest.mark.parametrize(
     "reason, count, words",
     [
-        ("Invalid device id", 2, "The GPUs are cuda:0 to cuda:1"),
+        ("Invalid device id", 1, "but there is only cuda:0 ("),
+        ("Invalid device id", 2, "but there is only cuda:0 to cuda:1 ("),
+        ("CUDA unknown error", 8, "See what nvidia-smi shows"),
         ("No CUDA GPUs are available", 0, "CUDA_VISIBLE_DEVICES"),
         ("Found no NVIDIA driver on your system", 0, "Install NVIDIA's driver"),
         ("The NVIDIA driver on your system is too old", 1, 'pip install "torch<2.11"'),

@@ -456,6 +456,20 @@ def test_the_sentence_is_one_line_whatever_the_allocator_says(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError(OUT_OF_MEMORY), MemoryError()])
+def test_without_room_for_the_model_the_sentence_says_so(
+    refused, small_data, opt_base, monkeypatch, failure
+):
+    def fail(*arguments, **named) -> None:
+        raise failure
+
+    monkeypatch.setattr(Blip2ForConditionalGeneration, "from_pretrained", fail)
+
+    error = refused(TRAIN_DIR=small_data, MODEL_ID=opt_base)
+
+    assert re.match("error: .*out of memory.*, while the model was loaded. Free", error)
+
+
 @pytest.mark.parametrize(
     "message",
     [

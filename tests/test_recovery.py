@@ -437,6 +437,18 @@ def test_a_second_signal_kills_at_once(second, encoded):
     assert "0 to encode" in encoded.finish(CHECKPOINT_MINUTES=0).out
 
 
+def test_a_stopped_restart_is_continued_without_restart(unfinished):
+    """The same command would train from scratch again."""
+    stopped = unfinished.run_with(send(signal.SIGINT), "before step 5", "--restart")
+
+    assert stopped.code == 130
+    assert stopped.err.endswith(
+        "stopped; to continue, run the same command without --restart; "
+        "if no training step was shown yet, with it\n"
+    )
+    assert ", 5 done" in unfinished.finish().out
+
+
 def test_a_restart_keeps_the_old_run_until_it_trains(encoded):
     encoded.kill("before unlink *checkpoint.pt 2")  # with all its results
     before = read_files(encoded.unfinished)
@@ -847,6 +859,22 @@ def test_a_run_of_an_earlier_version_without_a_setting_is_continued(unfinished):
     torch.save(checkpoint, path)
 
     assert ", 4 done" in unfinished.finish().out
+
+
+def test_a_setting_of_an_earlier_version_is_what_was_in_effect_then(unfinished):
+    """Not what the user has set meanwhile."""
+    path = unfinished.unfinished / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["record"]["settings"]["NUM_BEAMS"]
+    torch.save(checkpoint, path)
+
+    def edit_script() -> None:
+        finetune.NUM_BEAMS = 3
+
+    ended = unfinished.run(prepare=edit_script)
+
+    assert ended.code == 1
+    assert "NUM_BEAMS: 1 then, 3 now" in ended.err
 
 
 def test_an_adapter_of_an_earlier_version_without_a_setting_captions(finished, command):

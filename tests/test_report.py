@@ -646,7 +646,7 @@ def test_a_page_that_fails_costs_nothing_else(
 
     with monkeypatch.context() as patch:
         patch.setattr(broken, lambda *arguments, **named: 1 / 0)
-        code, _, error = command(**settings)
+        code, output, error = command(**settings)
 
     assert code == 1
     assert f"{page} can't be made: ZeroDivisionError" in error
@@ -654,6 +654,7 @@ def test_a_page_that_fails_costs_nothing_else(
     assert "Traceback" not in error
     assert (tmp_path / "out/adapter_model.safetensors").exists()
     assert not (tmp_path / "out" / page).exists()
+    assert ("look at: " in output) == (page != "report.html")
 
     code, output, error = command(**settings)
 
