@@ -143,6 +143,7 @@ NF4 = {  # bitsandbytes' own default is FP4
     "llm_int8_skip_modules": ["lm_head", "language_projection", "qformer", "vision_model"],
 }
 
+READ_EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 DECODER_VERSION = 2  # raise it when read_picture returns something else: features are made again
 MAX_PIXELS = 500_000_000  # a larger picture is not read
@@ -396,7 +397,7 @@ def is_pattern(value: str) -> bool:
 def list_rules() -> dict[str, Rule]:
     """The rule of each setting."""
     dtypes = ("auto", "bfloat16", "float16", "float32")
-    trackers = ["", *sorted(str(tracker) for tracker in LoggerType if tracker != "all")]
+    trackers = ["", *sorted({str(tracker) for tracker in LoggerType} - {"all"})]
     any_text = Rule("text", lambda value: True)
     not_empty = Rule("text, not empty", lambda value: value != "")
     positive = Rule("more than 0", lambda value: 0 < value < math.inf)
@@ -554,7 +555,7 @@ class Findings:
 
     skipped: list[Skipped] = dataclasses.field(default_factory=list)  # what is not used
     joined: list[str] = dataclasses.field(default_factory=list)  # captions of several lines
-    not_pictures: list[str] = dataclasses.field(default_factory=list)  # by their extension
+    not_pictures: list[str] = dataclasses.field(default_factory=list)  # by extension or content
     one_colour: list[str] = dataclasses.field(default_factory=list)  # pictures, which are used
     sharing: list[str] = dataclasses.field(default_factory=list)  # pictures with one .txt
 
@@ -591,8 +592,8 @@ def print_notes(findings: Findings, name_files: bool) -> None:
         ),
         (
             findings.not_pictures,
-            "file is not a picture, by its extension",
-            "files are not pictures, by their extension",
+            "file is not a picture, by its extension or content",
+            "files are not pictures, by their extension or content",
             "Ignored.",
         ),
         (
@@ -633,6 +634,7 @@ ARCHIVE = (
 )
 OLD_OFFICE = "is an old spreadsheet or Office document; save it as CSV or plain text"
 HEIC = "is HEIC, which is not read; save it as JPEG"
+RAW = "is a camera's raw file, which is not read; save it as JPEG"
 VIDEO_OR_SOUND = "is a video or sound; remove it"
 PICTURE = "is a picture, not text"
 FIRST_BYTES = (  # of files that are often found in the place of another: what they are, what to do
@@ -647,6 +649,8 @@ FIRST_BYTES = (  # of files that are often found in the place of another: what t
     (rb"\xd0\xcf\x11\xe0", OLD_OFFICE),
     (rb"%!PS-Adobe", "is PostScript; save it as JPEG"),
     (rb"P[2356]\s+\d+\s+\d+\s+\d+\s", "is a PPM, which is not read; save it as JPEG"),
+    (rb"SIMPLE  =", "is a FITS, which is not read; save it as JPEG"),
+    (rb"NRRD000", "is an NRRD, which is not read; save it as JPEG"),
     (rb"%PDF-", "is a PDF; save pictures as JPEG, text as plain text"),
     (rb"\x1f\x8b", "is a gzip archive; unpack it"),
     (rb"\x89PNG", PICTURE),
@@ -657,7 +661,8 @@ FIRST_BYTES = (  # of files that are often found in the place of another: what t
     (rb"RIFF....WEBP", PICTURE),
     (rb"RIFF....(AVI |WAVE)", VIDEO_OR_SOUND),
     (rb"\0...ftypavi[fs]", PICTURE),
-    (rb"\0...ftyp(hei|hev|mif1)", HEIC),
+    (rb"\0...ftyp(hei|hev|mif1|msf1)", HEIC),
+    (rb"\0...ftypcrx", RAW),
     (rb"\0...ftyp", VIDEO_OR_SOUND),
 )
 
@@ -702,9 +707,12 @@ OTHER_EXTENSIONS = (
     ".yml",
 )
 
+# Camera's raw files look like a TIFF, of which a reader sees a thumbnail.
+RAW_EXTENSIONS = (".arw", ".cr2", ".dng", ".nef", ".nrw", ".orf", ".pef", ".rw2", ".srw")
 TEXT_EXTENSIONS = (".caption", ".json", ".md", ".rtf", ".text", ".yaml", ".yml")
 
 
+@functools.lru_cache(maxsize=1000)
 def is_picture_extension(extension: str) -> bool:
     kind, _ = BUILT_IN_TYPES.guess_type(f"name{extension}")
     return kind is not None and kind.startswith("image/")
@@ -746,8 +754,10 @@ def list_files(folder: str, findings: Findings) -> Iterator[str]:
 def list_loose_forms(name: str) -> list[str]:
     """A file's name without what people get wrong, the nearest form first.
 
-    That is its case, %20 for a space, its extension (both of a.jpg.txt), and its folder.
+    That is its case, %20 for a space, its extension (both of a.jpg.txt), its folder, and the number
+    of a caption (a.jpg#0).
     """
+    name = re.sub(r"#\d+$", "", name)
     loose = unicodedata.normalize("NFC", urllib.parse.unquote(name)).replace("\\", "/").casefold()
     stem, _ = os.path.splitext(loose)
     forms = [loose, stem]
@@ -801,6 +811,10 @@ def clean_caption(text: str) -> str:
     return ""
 
 
+ISO_2022 = re.compile(r"\x1b[$(]")  # begins letters in the encodings of that name
+NOT_PLAIN = "is in ISO-2022-JP, or in another encoding that switches between letters"
+
+
 class CaptionFile(NamedTuple):
     """What is in a caption file."""
 
@@ -835,6 +849,8 @@ def read_caption(path: str) -> CaptionFile:
         text = raw.decode("utf-16" if is_utf16 else "utf-8")
     except UnicodeDecodeError:
         return unusable("is not in UTF-8; save it in UTF-8, the README says how")
+    if ISO_2022.search(text):
+        return unusable(f"{NOT_PLAIN}; save it in UTF-8")
     if "\0" in text:  # in UTF-8 each letter of UTF-16 is followed by one
         return unusable("is not text in UTF-8 (but in UTF-16, or no text); save it in UTF-8")
 
@@ -984,8 +1000,9 @@ def read_beside(folder: str, findings: Findings) -> list[Pair]:
             del captions[name]
 
     for name, paths in pictures.items():
-        if name in captions and len(paths) > 1:  # a.jpg, a.png, and a.txt
-            findings.sharing.extend(paths)
+        sharing = [path for path in paths if path.lower().endswith(READ_EXTENSIONS)]
+        if name in captions and len(sharing) > 1:  # a.jpg, a.png, and a.txt
+            findings.sharing.extend(sharing)
     return match_names(captions, pictures, findings)
 
 
@@ -1115,7 +1132,8 @@ def read_csv_rows(path: str, text: str) -> Iterator[TableRow]:
 
 def explain_header(cells: list[str]) -> str:
     """What is wrong with a first row that does not have both columns, and the remedy."""
-    if any(is_picture_extension(os.path.splitext(cell.strip())[1]) for cell in cells):
+    names = [re.sub(r"#\d+$", "", cell.strip()) for cell in cells]  # a.jpg#0, as in Flickr8k
+    if any(is_picture_extension(os.path.splitext(name)[1]) for name in names):
         return (
             f"has no names of columns: its first row is {cells[:20]}. Add a row above it with "
             f"{WANTED_COLUMNS}."
@@ -1187,8 +1205,8 @@ def parse_values(path: str, text: str) -> Iterator[tuple[str, Any]]:
             value, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise UserError(
-                f"{path!r} can't be read from line {line} on: line {error.lineno} is not JSON "
-                f"({error.msg}). Write one object per line, or one array of objects."
+                f"{path!r} can't be read from line {line} on: JSON ends at line {error.lineno} "
+                f"({error.msg}). Fix the commas, quotes and brackets there and just before."
             ) from error
         except RecursionError as error:
             raise UserError(
@@ -1314,6 +1332,14 @@ class FileFinder:
             return Lookup(key, "", reason + self.near_names.describe(key))
         if has_foreign_bytes(key):
             return Lookup(key, "", f"the file name {NOT_UTF8}")
+        is_hidden = key.startswith(".") or "/." in key
+        if is_hidden and os.path.exists(os.path.join(self.folder, key)):
+            return Lookup(
+                key,
+                "",
+                "hidden files, whose path has a name with a dot at its start, "
+                "are not read; rename it",
+            )
         return Lookup(key, "", f"there is no such file{self.near_names.describe(key)}")
 
 
@@ -1331,6 +1357,8 @@ def find_fault(caption: Any, cleaned: str) -> str:
         return "the caption is empty"
     if not isinstance(caption, str):
         return "the caption is not text"
+    if "\x1b" in caption and ISO_2022.search(caption):
+        return f"the caption {NOT_PLAIN}; save the table in UTF-8"
     if cleaned and cleaned.isascii():  # most are, and this is quick
         return ""
     if has_foreign_bytes(caption):
@@ -1378,7 +1406,7 @@ def read_table(path: str, findings: Findings) -> list[Pair]:
         if is_other_extension(os.path.splitext(key)[1]):
             findings.not_pictures.append(file.path)
         else:
-            findings.skip(file.path, f"is not in {path}")
+            findings.skip(file.path, f"has no caption in {path}")
     return list(pairs)
 
 
@@ -1407,17 +1435,18 @@ class Layout(NamedTuple):
 def find_layout(folder: str) -> Layout:
     """The layout of a folder. Raises UserError where there are several."""
     layouts = []
-    for name in sorted(os.listdir(folder)):
+    names = sorted(os.listdir(folder))
+    for name in names:
         path = os.path.join(folder, name)
         if name == "caption" and os.path.isdir(path):
             layouts.append(Layout("caption/ and Image/", folder, read_folders))
-        elif is_wanted(name) and is_table_name(name) and is_table(path):
+        elif is_wanted(name) and is_table_name(name) and is_table(path, names):
             layouts.append(Layout(name, path, read_table))
 
     if len(layouts) > 1:
-        names = " and ".join(layout.name for layout in layouts)
+        found = " and ".join(layout.name for layout in layouts)
         raise UserError(
-            f"there are {names} in {folder!r}. Captions come from one place: keep one of them, and "
+            f"there are {found} in {folder!r}. Captions come from one place: keep one of them, and "
             "move the others away."
         )
     if layouts:
@@ -1425,9 +1454,27 @@ def find_layout(folder: str) -> Layout:
     return Layout("<name>.txt next to each picture", folder, read_beside)
 
 
-def is_table(path: str) -> bool:
-    """Whether a file with a table's name is one: metadata.* always, others if they have columns."""
-    if os.path.basename(path).casefold().startswith("metadata"):
+def is_caption_of_picture(name: str, names: list[str]) -> bool:
+    """Whether metadata.txt or the like is the caption of metadata.jpg, and no table."""
+    stem, extension = os.path.splitext(name)
+    if extension.lower() != ".txt":
+        return False
+    for other in names:
+        other_stem, other_extension = os.path.splitext(other)
+        if other_stem == stem and is_picture_extension(other_extension):
+            return True
+    return False
+
+
+def is_table(path: str, names: list[str]) -> bool:
+    """Whether a file with a table's name is one: metadata.* always, others if they have columns.
+
+    `names` are those of all files there: metadata.txt may be the caption of metadata.jpg.
+    """
+    name = os.path.basename(path)
+    if is_caption_of_picture(name, names):
+        return False
+    if name.casefold().startswith("metadata"):
         return True
     try:
         next(read_rows(path), None)
@@ -1470,13 +1517,30 @@ def describe_near_layout(folder: str) -> str:
                 hints.append(f"As a table, {error}")
         elif extension in (".csv", ".tsv", ".jsonl"):
             hints.append(f"If {name!r} is a table of captions, rename it to metadata{extension}.")
-        for wanted in ("caption", "Image"):
-            is_near = stem.rstrip("s") == wanted.casefold()
-            if is_near and wanted not in names and os.path.isdir(os.path.join(folder, name)):
-                hints.append(f"There is {name!r}: rename it to {wanted!r}.")
+    hints += describe_near_folders(folder, names)
     if not hints and "caption" in names and "Image" not in names:
         hints.append("There is caption/, but no Image/ for the pictures.")
     return "".join(f" {hint}" for hint in hints)
+
+
+def describe_near_folders(folder: str, names: list[str]) -> list[str]:
+    """Which folders to rename, where there is one for captions and one for pictures."""
+    found = {}
+    for wanted in ("caption", "Image"):
+        for name in names:
+            path = os.path.join(folder, name)
+            is_near = name.casefold().rstrip("s") == wanted.casefold()
+            if is_near and os.path.isdir(path) and not os.path.islink(path):
+                found[wanted] = name
+        if wanted in names:
+            found[wanted] = wanted
+    if len(found) < 2:
+        return []
+    return [
+        f"There is {name!r}: rename it to {wanted!r}."
+        for wanted, name in found.items()
+        if name != wanted
+    ]
 
 
 def read_tail(path: str) -> bytes:
@@ -1536,6 +1600,8 @@ def read_picture(path: str, side: int) -> Image.Image:
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is not a file")  # a pipe would block for ever
+    if os.path.splitext(path)[1].lower() in RAW_EXTENSIONS:
+        raise ValueError(f"it {RAW}")
     with Image.open(path, formats=PICTURE_FORMATS) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(
@@ -1559,6 +1625,7 @@ def show(picture: Image.Image, is_inverted: bool) -> Image.Image:
 
 def reduce_picture(picture: Image.Image, side: int) -> Image.Image:
     """A picture scaled down by a whole factor, never below twice `side`; profile and EXIF kept."""
+    picture.load()  # Pillow turns a TIFF upright then, and its EXIF says so afterwards
     info = picture.info | {"exif": picture.getexif().tobytes()}
     if picture.mode in ("1", "P"):
         picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
@@ -1665,6 +1732,18 @@ def is_text(first_bytes: bytes) -> bool:
     return re.fullmatch(rb"[\t\n\r\x20-\x7e]+", first_bytes) is not None
 
 
+def is_other_text(path: str) -> bool:
+    """Whether a file is text, and not named as a picture either: LICENSE, a.tags, a.txt~."""
+    if is_picture_extension(os.path.splitext(path)[1]) or not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            first_bytes = file.read(100)
+    except OSError:  # explain_unreadable says why
+        return False
+    return is_text(first_bytes) and not recognize(first_bytes)
+
+
 class Decoded(NamedTuple):
     """Some pictures, read."""
 
@@ -1692,7 +1771,10 @@ def decode_pictures(paths: list[str], image_processor: Any) -> Decoded:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
                 raise
-            decoded.findings.skip(path, explain_unreadable(path, error))
+            if is_other_text(path):
+                decoded.findings.not_pictures.append(path)
+            else:
+                decoded.findings.skip(path, explain_unreadable(path, error))
             continue
         decoded.pixels[path] = pixels
         if is_one_colour(picture):
@@ -1718,10 +1800,12 @@ def read_pictures(
                     waiting.append(pool.submit(decode_pictures, batches.popleft(), image_processor))
                 decoded = waiting.popleft().result()
                 findings.skipped += decoded.findings.skipped
+                findings.not_pictures += decoded.findings.not_pictures
                 findings.one_colour += decoded.findings.one_colour
                 if decoded.pixels:
                     yield decoded.pixels
-                bar.update(len(decoded.pixels) + len(decoded.findings.skipped))
+                not_read = decoded.findings.skipped + decoded.findings.not_pictures
+                bar.update(len(decoded.pixels) + len(not_read))
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -2207,6 +2291,8 @@ def check_model_folder(folder: str) -> None:
         raise ValueError(f"there is no {missing[0]} in it; download the whole model")
     if not names & {"tokenizer.json", "vocab.json", "spiece.model"}:
         raise ValueError("there is no tokenizer.json in it; download the whole model")
+    if "tokenizer_config.json" not in names:
+        raise ValueError("there is no tokenizer_config.json in it; download the whole model")
     if not names & {"preprocessor_config.json", "processor_config.json"}:
         raise ValueError("there is no preprocessor_config.json in it; download the whole model")
     for name in sorted(weights):
@@ -2246,20 +2332,20 @@ def refuse_damaged_weights(path: Path) -> None:
 
 def read_config(model_id: str) -> Blip2Config:
     """Raises ValueError for all but a BLIP-2 that writes captions with OPT or T5."""
-    config = transformers.AutoConfig.from_pretrained(model_id, trust_remote_code=False)
+    content, _ = Blip2Config.get_config_dict(model_id)
+    model_type = content.get("model_type")
     architecture = "Blip2ForConditionalGeneration"
-    if config.architectures:
-        architecture = config.architectures[0]
-    language_model = "none"
-    if hasattr(config, "text_config"):
-        language_model = config.text_config.model_type
-
-    is_blip2 = config.model_type == "blip-2" and architecture == "Blip2ForConditionalGeneration"
-    if not is_blip2 or language_model not in ("opt", "t5"):
+    if content.get("architectures"):
+        architecture = content["architectures"][0]
+    if model_type != "blip-2" or architecture != "Blip2ForConditionalGeneration":
         raise ValueError(
-            f"it is a {config.model_type} ({architecture}, {language_model}), not a BLIP-2 that "
-            "writes captions with OPT or Flan-T5"
+            f"it is of type {model_type!r} ({architecture}), not a BLIP-2 that writes captions "
+            "with OPT or Flan-T5"
         )
+    config = Blip2Config.from_pretrained(model_id)
+    language_model = config.text_config.model_type
+    if language_model not in ("opt", "t5"):
+        raise ValueError(f"its language model is {language_model}; only OPT and Flan-T5 are known")
     if getattr(config, "quantization_config", None):
         raise ValueError(
             "it was saved quantized. Name the original model: LOAD_IN_4BIT quantizes it"
@@ -2571,11 +2657,12 @@ def encode_pictures(
 
     # These also wait for all processes.
     encoding.skipped = gather_object(encoding.skipped)
+    encoding.not_pictures = gather_object(encoding.not_pictures)
     encoding.one_colour = gather_object(encoding.one_colour)
     print_findings(encoding, show_all=False)
     findings.skipped += encoding.skipped
     findings.one_colour += encoding.one_colour
-    for path, _ in encoding.skipped:
+    for path in [skipped.path for skipped in encoding.skipped] + encoding.not_pictures:
         files.pop(path, None)
     missing = [str(file) for file in files.values() if not file.exists()]
     if missing and state.num_processes > 1:
@@ -3144,7 +3231,13 @@ def hash_start_from(settings: argparse.Namespace) -> str:
     folder = Path(settings.START_FROM)
     record = read_record(folder)
     weights = folder / "adapter_model.safetensors"
-    if not record.get("results") or not weights.exists():
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {str(folder)!r}, which START_FROM names.")
+    if record.get("results") and not weights.exists():
+        raise UserError(
+            f"START_FROM {str(folder)!r} has no adapter_model.safetensors. Copy the whole folder."
+        )
+    if not record.get("results"):
         raise UserError(
             f"START_FROM {str(folder)!r} does not hold a finished run of this script. Name the "
             "OUTPUT_DIR of one."
@@ -3153,6 +3246,13 @@ def hash_start_from(settings: argparse.Namespace) -> str:
         refuse_damaged_weights(weights)
     except ValueError as error:
         raise UserError(f"START_FROM {str(folder)!r} can't be used: {error}.") from error
+    trained_on = record["settings"]["MODEL_ID"]
+    if trained_on != settings.MODEL_ID and is_missing_folder(trained_on):
+        raise UserError(
+            f"the base of the adapter in START_FROM {str(folder)!r} is {trained_on!r}, which is "
+            "not on this machine. If MODEL_ID is a copy of it, write the path of MODEL_ID into "
+            "settings.json in START_FROM."
+        )
     differences = []
     for name in ("MODEL_ID", "LOAD_IN_4BIT", "LORA_RANK", "LORA_ALPHA", "LORA_TARGETS"):
         there = record["settings"][name]
@@ -3165,6 +3265,11 @@ def hash_start_from(settings: argparse.Namespace) -> str:
             f"from it, set {', '.join(differences)}."
         )
     return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+
+
+def is_missing_folder(model_id: str) -> bool:
+    """Whether this is the path of a folder, and nothing is there."""
+    return os.path.isabs(model_id) and not os.path.isdir(model_id)
 
 
 def list_facts(record: dict[str, Any]) -> dict[str, Any]:
@@ -4384,10 +4489,10 @@ def list_pictures(paths: list[str], findings: Findings) -> list[str]:
         if not matches:
             findings.skip(path, f"there is no such file or folder{describe_near_file(path)}")
         for match in matches:
-            if not os.path.isdir(match):
-                pictures[os.path.normpath(match)] = None
-                continue
-            for file in list_files(match, findings):
+            files = [match]
+            if os.path.isdir(match):
+                files = list_files(match, findings)
+            for file in files:
                 if is_other_extension(os.path.splitext(file)[1]):
                     findings.not_pictures.append(file)
                 else:
@@ -4416,7 +4521,7 @@ def load_trained(settings: argparse.Namespace) -> Captioner:
     def no_adapter(reason: Any) -> UserError:
         return UserError(f"OUTPUT_DIR {str(output)!r} holds no adapter that can be read: {reason}.")
 
-    for name in ("settings.json", "adapter_model.safetensors"):
+    for name in ("settings.json", "adapter_model.safetensors", "adapter_config.json"):
         if not (output / name).exists():
             raise no_adapter(
                 f"there is no {name}. Train one first, or finish a run with the command that "
@@ -4432,6 +4537,12 @@ def load_trained(settings: argparse.Namespace) -> Captioner:
         raise no_adapter(f"settings.json lacks {error}") from error
     except (OSError, ValueError, TypeError) as error:
         raise no_adapter(error) from error
+
+    if is_missing_folder(trained.MODEL_ID):
+        raise no_adapter(
+            f"its base {trained.MODEL_ID!r} is not on this machine. If it is in another folder, "
+            "write that path into settings.json there"
+        )
 
     trained.DEVICE = settings.DEVICE
     trained.NUM_BEAMS = settings.NUM_BEAMS

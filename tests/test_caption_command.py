@@ -60,22 +60,23 @@ def test_each_picture_is_a_line_with_its_caption_and_confidence(caption, small_d
 def test_odd_names_are_one_line_each(caption, small_data):
     for name in ODD_NAMES:
         write_files(Path("odd"), {name: None})
-    write_file(Path("odd/notes\n.unknown"), b"text")
+    write_file(Path("odd/notes\n.jpg"), b"text")
 
     code, out, err = caption("odd")
 
     assert code == 1
     pictures = [shown for shown in ODD_NAMES.values() if not shown.endswith(".exe")]
     assert sorted(read_captions(out)) == sorted(f"odd/{shown}" for shown in pictures)
-    assert r"odd/notes\n.unknown" in err
+    assert r"odd/notes\n.jpg" in err
     assert_no_control_characters(out.replace("\t", "") + err)
 
 
 def test_what_can_not_be_read_is_named_and_does_not_stop_the_others(caption, small_data):
-    bad = {"a.png": b"x", "z.jpg": b"no picture", "notes.unknown": b"text"}
+    bad = {"a.png": b"x", "z.jpg": b"no picture"}
     for name, content in bad.items():
         write_file(small_data / "Image" / name, content)
     write_file(small_data / "Image/a.txt", b"a caption next to a picture: it is not named")
+    write_file(small_data / "Image/LICENSE", b"nor is this")
 
     code, out, err = caption("missing.png", "data/Image")
 
@@ -84,6 +85,7 @@ def test_what_can_not_be_read_is_named_and_does_not_stop_the_others(caption, sma
     reasons = dict(re.findall(r"^  (\S+): (.+)$", err, re.M))
     expected = {f"data/Image/{name}": "is text, not a picture" for name in bad}
     assert_reasons(reasons, expected | {"missing.png": "no such file"})
+    assert "2 files are not pictures, by their extension or content" in err
 
 
 def test_a_folder_without_a_file_is_an_error(caption, tmp_path):
@@ -176,12 +178,13 @@ def test_a_table_of_captions_of_an_earlier_call_is_not_tried(caption):
     assert list(read_captions(out)) == ["new/a.png"]
 
 
-def test_a_file_that_is_named_itself_is_tried(caption):
-    write_files(Path(), {"a.png": None, "clip.mov": "x"})
-    code, out, err = caption("a.png", "clip.mov")
-    assert code == 1
-    assert list(read_captions(out)) == ["a.png"]
-    assert "clip.mov" in err
+def test_a_file_that_is_no_picture_is_only_counted_also_where_a_shell_names_it(caption):
+    """As it does for `--caption new/*`."""
+    write_files(Path("new"), {"a.png": None, "a.txt": "a cat", "clip.mov": "x", "a.AAE": "<?xml "})
+    code, out, err = caption(*sorted(map(str, Path("new").iterdir())))
+    assert code == 0
+    assert list(read_captions(out)) == ["new/a.png"]
+    assert "3 files are not pictures" in err
 
 
 @pytest.mark.parametrize(
@@ -287,7 +290,7 @@ def test_a_base_that_has_moved_is_named(command, refused, finished, opt_base, sm
 
     error = refused("--caption", str(small_data), OUTPUT_DIR=tmp_path / "out")
 
-    assert_words(error, (str(base), "no such folder"))
+    assert_words(error, (str(base), "is not on this machine", "settings.json"))
     assert "network" not in error
 
 

@@ -38,6 +38,7 @@ CAPTIONS = [
     caption_is("white space", "\n a\r\n\t\t“café” \u2028\xa0\x0b– 5 €\n", TEXT),
     caption_is("as long as it may be", "x" * 1_000_000, "x" * 1_000_000),
     caption_is_not_used("Windows-1252", TEXT.encode("cp1252"), "UTF-8; save it in UTF-8"),
+    caption_is_not_used("ISO-2022-JP", "赤いバラ".encode("iso2022_jp"), "ISO-2022-JP", "UTF-8"),
     caption_is_not_used("UTF-16 without a mark", TEXT.encode("utf-16-le"), "UTF-8"),
     caption_is_not_used("half a letter of UTF-16", b"\xff\xfea", "UTF-8"),
     caption_is_not_used("zeros", bytes(99), "not text in UTF-8"),

@@ -18,6 +18,7 @@ from helpers import (
     Case,
     assert_no_control_characters,
     assert_reasons,
+    encode_picture,
     flags_of,
     for_each_case,
     snapshot,
@@ -25,6 +26,7 @@ from helpers import (
     write_files,
     write_picture,
 )
+from PIL import Image
 
 import finetune
 
@@ -318,6 +320,23 @@ def test_without_a_pair_the_error_says_what_is_there_and_what_is_wanted(
     assert len(named) == (13 if flags else 10)  # captions and the folder; a training names ten
 
 
+@pytest.mark.parametrize(
+    "files, says_rename",
+    [
+        ({"Images/a.jpg": None, "captions/a.txt": "a cat"}, True),
+        ({"images/a.jpg": None, "labels/a.txt": "0 0.5 0.5"}, False),
+    ],
+    ids=["both under another name", "pictures alone"],
+)
+def test_a_folder_is_to_be_renamed_only_where_that_helps(refused, tmp_path, files, says_rename):
+    write_files(tmp_path / "data", files)
+
+    error = refused(TRAIN_DIR=tmp_path / "data")
+
+    assert ("rename it to 'Image'" in error) == says_rename
+    assert ("rename it to 'caption'" in error) == says_rename
+
+
 @COMMANDS
 @pytest.mark.parametrize(
     "training, measured", [("unreadable", ""), ("unreadable", "data"), ("data", "unreadable")]
@@ -502,6 +521,31 @@ def test_the_reason_names_the_file_whose_name_is_nearly_the_same(check_case, cas
 # ---- New: files that are no pictures by their extension -----------------------------------------
 
 NO_PICTURES = [
+    Case(
+        "text without a picture's extension",
+        {**GOOD, "good.tags": "1girl", "good.txt~": "a dog", "LICENSE": "MIT", "Picasa.ini": "[x]"},
+        pairs=[("good.jpg", "a cat")],
+        reasons={"LICENSE": "no caption", "Picasa.ini": "no caption"},
+        says=("2 files",),
+    ),
+    Case(
+        "cameras' raw files, of which a TIFF reader would see the thumbnail",
+        {
+            "a.jpg": None,
+            "a.txt": "a rose",
+            "a.CR3": b"\0\0\0\x18ftypcrx " + bytes(90),
+            "b.NEF": encode_picture(Image.new("RGB", (16, 12), "red"), "TIFF"),
+            "b.txt": "a tulip",
+            "c.heic": b"\0\0\0\x18ftypmsf1" + bytes(90),
+            "c.txt": "a lily",
+        },
+        pairs=[("a.jpg", "a rose")],
+        reasons={
+            "a.CR3": "is a camera's raw file, which is not read; save it as JPEG",
+            "b.NEF": "is a camera's raw file, which is not read; save it as JPEG",
+            "c.heic": "is HEIC",
+        },
+    ),
     Case(
         "what phones and cameras leave next to a picture",
         {

@@ -125,8 +125,9 @@ BAD_MODELS = [
     BadModel(
         "code of its own",
         write(CONFIG, '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}'),
-        ("code",),
+        ("'own'", "not a BLIP-2"),
     ),
+    BadModel("no tokenizer_config.json", remove("tokenizer_config.json"), ("download",)),
     BadModel("no tokenizer.json", remove("tokenizer.json"), ("tokenizer",)),
     BadModel("pickled weights alone", remove(WEIGHTS), ("safetensors",)),
     BadModel("weights without the end", cut_off(WEIGHTS, 0.9995), ()),

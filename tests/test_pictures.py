@@ -303,6 +303,23 @@ def cyan_ink(kind: str) -> bytes:
     return encode_picture(Image.new("CMYK", SIZE, (255, 0, 0, 0)), kind, icc_profile=INK)
 
 
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("kind", ["TIFF", "PNG"])
+def test_a_large_picture_is_as_upright_as_a_small_one(tmp_path, monkeypatch, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a"
+    path.write_bytes(encode_picture(draw_quadrants(), kind, exif=exif))
+    small = finetune.read_picture(str(path), 16)
+
+    monkeypatch.setattr(finetune, "LARGE_PIXELS", 100)
+    large = finetune.read_picture(str(path), 16)
+
+    assert large.size == (small.width, small.height)
+    difference = np.abs(np.asarray(large, int) - np.asarray(small, int))
+    assert difference.mean() < 1
+
+
 class Profiled(NamedTuple):
     """A picture of one color with a profile, and the color that a viewer shows."""
 

@@ -74,7 +74,7 @@ def test_all_wrong_flags_are_reported_at_once(refused):
         "DEVICE": "tpu",
         "DTYPE": "int8",
         "LORA_TARGETS": "(q_proj",
-        "LOG_WITH": "no such",
+        "LOG_WITH": "all",
         "MODEL_ID": "",
         "TRAIN_DIR": "",
         "OUTPUT_DIR": "",

@@ -108,7 +108,7 @@ def test_killed_and_continued_it_ends_the_same(folder, event):
         ({"LOAD_IN_4BIT": False}, "LOAD_IN_4BIT = True (now False)"),
         ({"MODEL_ID": "another/model"}, "MODEL_ID = "),
         ({"START_FROM": "data"}, "does not hold a finished run"),
-        ({"START_FROM": "nowhere"}, "does not hold a finished run"),
+        ({"START_FROM": "nowhere"}, "there is no folder 'nowhere'"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_before_loading(folder, changed, words):
@@ -118,6 +118,23 @@ def test_an_adapter_that_does_not_fit_is_refused_before_loading(folder, changed,
     assert words in ended.err
     assert ended.err.count("\n") == 1
     assert "model: " not in ended.out
+
+
+def test_a_base_that_was_moved_is_told_with_what_helps(folder):
+    """As where the finished run comes from another machine."""
+    path = folder.path / "first/settings.json"
+    there = path.read_text()
+    record = json.loads(there)
+    record["settings"]["MODEL_ID"] = "/home/anna/base"
+    path.write_text(json.dumps(record))
+
+    ended = folder.run(OUTPUT_DIR="second", START_FROM="first")
+
+    assert ended.code == 1
+    assert_words(ended.err, ("'/home/anna/base'", "not on this machine", "settings.json"))
+
+    path.write_text(there)  # which has the path of MODEL_ID
+    assert folder.run(OUTPUT_DIR="second", START_FROM="first").code == 0
 
 
 def test_another_adapter_to_start_from_is_another_run(folder):

@@ -171,7 +171,7 @@ CELLS = [
         pairs=[("b.jpg", "a tulip")],
         reasons={
             "metadata.csv, line 2": "the file name is not in UTF-8",
-            "a.jpg": "is not in",
+            "a.jpg": "has no caption in",
         },
     ),
     table(
@@ -216,6 +216,14 @@ UNUSABLE = [
     no_table("no header", "a.jpg,a cat\n", "no names of columns", "Add a row"),
     no_table("other columns", "picture,words\na.jpg,a cat\n", "['picture', 'words']", "Rename"),
     no_table("one column", "file_name\na.jpg\n", "one column", "Save the table as CSV"),
+    no_table("no header, with numbers", "a.jpg#0\ta cat\n", "no names of columns", "Add a row"),
+    no_table(
+        "a bracket that is missing in line 2",
+        '{"file_name": "a.jpg", "text": "a cat"}\n{"file_name": "b.jpg", "text": "a dog"\n{}\n',
+        "can't be read from line 2 on",
+        "there and just before",
+        file="metadata.jsonl",
+    ),
     no_table("no columns", "{}", "file_name and text", file="metadata.jsonl"),
     no_table("JSON cut off in line 3", JSON_LINES + '{"file', "line 3 ", file="metadata.jsonl"),
     Case(
@@ -576,12 +584,46 @@ def near_name(name: str, file_name: str, picture: str) -> Case:
         pairs=[("good.jpg", "a cat")],
         reasons={
             "metadata.csv": (file_name, f"there is '{picture}'"),
-            picture: "is not in",
+            picture: "has no caption in",
         },
     )
 
 
 PLACES = [
+    Case(
+        "hidden names",
+        {
+            ".5in pipe.jpg": None,
+            ".more/b.jpg": None,
+            "good.jpg": None,
+            "metadata.csv": "file_name,text\n.5in pipe.jpg,a pipe\n.more/b.jpg,b\ngood.jpg,a cat\n",
+        },
+        pairs=[("good.jpg", "a cat")],
+        reasons={
+            "metadata.csv, line 2": ("hidden files", "a dot at its start", "rename it"),
+            "metadata.csv, line 3": ("hidden files", "a dot at its start", "rename it"),
+        },
+    ),
+    Case(
+        "a picture without a caption in COCO",
+        {
+            "a.jpg": None,
+            "b.jpg": None,
+            "captions_val2017.json": json.dumps(
+                {
+                    "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}],
+                    "annotations": [{"image_id": 1, "caption": "a cat"}],
+                }
+            ),
+        },
+        pairs=[("a.jpg", "a cat")],
+        reasons={"b.jpg": "has no caption in data/captions_val2017.json"},
+    ),
+    Case(
+        "a picture that is called metadata, with its caption",
+        {"metadata.jpg": None, "metadata.txt": "a scan", "a.jpg": None, "a.txt": "a cat"},
+        pairs=[("metadata.jpg", "a scan"), ("a.jpg", "a cat")],
+    ),
     Case(
         "a bare name in the only folder that has it",
         {"pictures/deep/a.jpg": None, "b.jpg": None, "metadata.csv": CSV},
@@ -591,7 +633,7 @@ PLACES = [
         "a bare name in the folder itself, and in another one",
         {"pictures/a.jpg": None, "a.jpg": None, "b.jpg": None, "metadata.csv": CSV},
         pairs=PAIRS,
-        reasons={"pictures/a.jpg": "is not in"},
+        reasons={"pictures/a.jpg": "has no caption in"},
     ),
     Case(
         "a bare name in two folders",
@@ -599,11 +641,12 @@ PLACES = [
         pairs=[("b.jpg", "a tulip")],
         reasons={
             "metadata.csv": ("x/a.jpg", "y/a.jpg"),
-            "x/a.jpg": "is not in",
-            "y/a.jpg": "is not in",
+            "x/a.jpg": "has no caption in",
+            "y/a.jpg": "has no caption in",
         },
     ),
     near_name("small and capital letters", "A.JPG", "a.jpg"),
+    near_name("the number of a caption, as in Flickr8k", "a.jpg#0", "a.jpg"),
     near_name("small and capital letters of a folder", "Images/a.jpg", "images/a.jpg"),
     near_name("no extension", "a", "a.jpg"),
     near_name("another extension", "a.png", "a.jpg"),
@@ -623,8 +666,8 @@ PLACES = [
         reasons={
             "metadata.csv, line 2": "there is 'x/a.jpg'",
             "metadata.csv, line 3": "there is 'y/a.jpg'",
-            "x/a.jpg": "is not in",
-            "y/a.jpg": "is not in",
+            "x/a.jpg": "has no caption in",
+            "y/a.jpg": "has no caption in",
         },
     ),
     Case(
