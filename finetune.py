@@ -145,7 +145,7 @@ NF4 = {  # bitsandbytes' own default is FP4
 
 READ_EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-DECODER_VERSION = 2  # raise it when read_picture returns something else: features are made again
+DECODER_VERSION = 3  # raise it when read_picture returns something else: features are made again
 MAX_PIXELS = 500_000_000  # a larger picture is not read
 LARGE_PIXELS = 50_000_000  # larger ones are read one at a time, and reduced: memory is bounded
 MAX_PNG_TEXT = 256_000_000  # bytes of text in a PNG, such as a workflow
@@ -1205,8 +1205,9 @@ def parse_values(path: str, text: str) -> Iterator[tuple[str, Any]]:
             value, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise UserError(
-                f"{path!r} can't be read from line {line} on: JSON ends at line {error.lineno} "
-                f"({error.msg}). Fix the commas, quotes and brackets there and just before."
+                f"{path!r} can't be read from line {line} on: it is not valid JSON at line "
+                f"{error.lineno} ({error.msg}). Fix the commas, quotes and brackets there and just "
+                "before: one object per line, or one array of objects."
             ) from error
         except RecursionError as error:
             raise UserError(
@@ -1334,12 +1335,8 @@ class FileFinder:
             return Lookup(key, "", f"the file name {NOT_UTF8}")
         is_hidden = key.startswith(".") or "/." in key
         if is_hidden and os.path.exists(os.path.join(self.folder, key)):
-            return Lookup(
-                key,
-                "",
-                "hidden files, whose path has a name with a dot at its start, "
-                "are not read; rename it",
-            )
+            reason = "it is a hidden file, with a dot at the start of its name or its folder's"
+            return Lookup(key, "", f"{reason}; rename it")
         return Lookup(key, "", f"there is no such file{self.near_names.describe(key)}")
 
 

@@ -324,7 +324,7 @@ def test_skipped_csv_names_each_file_that_is_not_used(ran):
         reasons[Path(row["path"]).name] = row["reason"]
 
     assert reasons.keys() == {"orphan.png", "01.png"}
-    assert reasons["orphan.png"].startswith("is not in ")
+    assert reasons["orphan.png"].startswith("has no caption in ")
     assert reasons["01.png"].startswith("is text, not a picture")
     # Said twice: of the file that is found first, and of the one that is read later.
     assert ran.output.count("not used: 1") == 2

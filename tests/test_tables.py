@@ -600,8 +600,8 @@ PLACES = [
         },
         pairs=[("good.jpg", "a cat")],
         reasons={
-            "metadata.csv, line 2": ("hidden files", "a dot at its start", "rename it"),
-            "metadata.csv, line 3": ("hidden files", "a dot at its start", "rename it"),
+            "metadata.csv, line 2": ("hidden file", "a dot at the start", "rename it"),
+            "metadata.csv, line 3": ("hidden file", "a dot at the start", "rename it"),
         },
     ),
     Case(
