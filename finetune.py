@@ -4410,9 +4410,12 @@ def fine_tune(settings: argparse.Namespace, data: Data, findings: Findings) -> i
         run.find_checkpoint(settings.restart)
         run.refuse_other_processes()
         if run.is_finished:
+            where = "from scratch"
+            if settings.START_FROM:
+                where = "once more from the adapter in START_FROM"
             print(
                 f"this run is finished: its adapter is in {printable(str(run.output))}. To train "
-                "from scratch, use --restart."
+                f"{where}, use --restart."
             )
             return make_missing_pages(run.output, read_record(run.output)) if run.is_main else 0
 

@@ -161,6 +161,7 @@ def test_the_same_command_again_says_that_it_is_finished(folder):
 
     assert ended.code == 0
     assert "this run is finished" in ended.out
+    assert "To train once more from the adapter in START_FROM, use --restart." in ended.out
     assert folder.read_adapter("first") == adapter
 
 
