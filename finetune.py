@@ -27,6 +27,7 @@ import base64
 import contextlib
 import csv
 import dataclasses
+import difflib
 import errno
 import functools
 import glob
@@ -124,6 +125,8 @@ CHANGEABLE = (  # settings that may be changed while a run is unfinished
     "SAMPLE_COUNT",
     "LOG_WITH",
 )
+# The flags that are no settings, as they are when they are not given.
+NO_COMMAND = {"check": False, "restart": False, "caption": [], "page": "", "write_txt": False}
 FOR_CAPTION = ("OUTPUT_DIR", "DEVICE", "NUM_WORKERS", "NUM_BEAMS")  # settings of --caption
 
 LORA_PATTERNS = {
@@ -295,6 +298,12 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 # ---- Settings -----------------------------------------------------------------------------------
 
 
+def did_you_mean(word: str, possible: Iterable[str]) -> str:
+    """The end of an error message: which of these was probably meant; "": none is near."""
+    near = difflib.get_close_matches(word, possible, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def default_settings() -> dict[str, Any]:
     """The constants at the top of this file."""
     return {name: globals().get(name) for name in SETTINGS}
@@ -343,7 +352,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     Paths and prompt have one form, so that the same run is recognized.
     """
     parser = build_parser()
-    given = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(explain_unknown(unknown))
+    given = vars(known)
     if "caption" in given:
         usable = ("caption", "page", "write_txt", *FOR_CAPTION)
         ignored = [flag_of(name) for name in given if name not in usable]
@@ -354,10 +366,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             )
     elif "page" in given or "write_txt" in given:
         parser.error("--page and --write-txt are for --caption PATH ...")
-    commands = {"check": False, "restart": False, "caption": [], "page": "", "write_txt": False}
-    settings = argparse.Namespace(**(commands | default_settings() | given))
+    settings = argparse.Namespace(**(NO_COMMAND | default_settings() | given))
     normalize_settings(settings)
     return settings
+
+
+def explain_unknown(words: list[str]) -> str:
+    """That these words of the command line mean nothing, and which flags were probably meant."""
+    flags = [flag_of(name) for name in (*NO_COMMAND, *SETTINGS)]
+    questions = []
+    for word in words:
+        if word.startswith("-"):
+            name, _, _ = word.partition("=")
+            questions.append(did_you_mean(flag_of(name.strip("-")), flags))
+    return f"unrecognized arguments: {' '.join(words)}.{''.join(questions)} --help lists the flags."
 
 
 def normalize_settings(settings: argparse.Namespace) -> None:
@@ -612,9 +634,19 @@ def print_notes(findings: Findings, name_files: bool) -> None:
                 print(f"  {printable(path)}")
 
 
+def sort_skipped(skipped: Iterable[Skipped]) -> list[Skipped]:
+    """By path or place, line 2 before line 10."""
+
+    def rank(item: Skipped) -> tuple[str, str]:
+        padded = re.sub("[0-9]+", lambda number: number[0].zfill(12), item.path)
+        return padded, item.reason
+
+    return sorted(skipped, key=rank)
+
+
 def print_skipped(skipped: Iterable[Skipped], show_all: bool) -> None:
     """Counts what is not used, and names all of it, or the first MAX_NAMED."""
-    skipped = sorted(skipped)
+    skipped = sort_skipped(skipped)
     named = skipped if show_all else skipped[:MAX_NAMED]
     if skipped:
         print(f"not used: {len(skipped)}")
@@ -1483,7 +1515,10 @@ def is_table(path: str, names: list[str]) -> bool:
 def find_pairs(folder: str, findings: Findings) -> list[Pair]:
     """The pairs in a folder, sorted, of whichever layout, which is printed. Raises UserError."""
     if not os.path.isdir(folder):
-        raise UserError(f"there is no folder {folder!r}. Name the one with pictures and captions.")
+        raise UserError(
+            f"there is no folder {folder!r}. Name the one with pictures and captions."
+            + describe_near_folder(folder)
+        )
     layout = find_layout(folder)
     print(f"layout of {printable(folder)}: {printable(layout.name)}")
     pairs = layout.read(layout.path, findings)
@@ -1497,6 +1532,17 @@ def find_pairs(folder: str, findings: Findings) -> list[Pair]:
             + describe_near_layout(folder)
         )
     return sorted(pairs)
+
+
+def describe_near_folder(folder: str) -> str:
+    """The end of an error message: which folder was probably meant; "": none is near."""
+    parent, name = os.path.split(folder)
+    try:
+        names = os.listdir(parent or ".")
+    except OSError:
+        return ""
+    folders = [other for other in names if os.path.isdir(os.path.join(parent, other))]
+    return did_you_mean(name, folders)
 
 
 def describe_near_layout(folder: str) -> str:
@@ -3229,7 +3275,10 @@ def hash_start_from(settings: argparse.Namespace) -> str:
     record = read_record(folder)
     weights = folder / "adapter_model.safetensors"
     if not folder.is_dir():
-        raise UserError(f"there is no folder {str(folder)!r}, which START_FROM names.")
+        raise UserError(
+            f"there is no folder {str(folder)!r}, which START_FROM names."
+            + describe_near_folder(str(folder))
+        )
     if record.get("results") and not weights.exists():
         raise UserError(
             f"START_FROM {str(folder)!r} has no adapter_model.safetensors. Copy the whole folder."
@@ -3888,7 +3937,7 @@ def summarize(
     datasets: Datasets,
     progress: Progress,
     hard_words: HardWords,
-    trains_qformer: bool,
+    learner: Learner,
 ) -> dict[str, Any]:
     """`results` of settings.json, with `remarks` on what is wrong. None: it can't be measured."""
     held_out = {"before": None, "after": None}
@@ -3913,7 +3962,9 @@ def summarize(
     if hard_words.hardest:
         results["hard_words"] = hard_words.hardest
         results["mean_word_loss"] = hard_words.mean
-    results["remarks"] = list_remarks(captioned, results)
+    trains_qformer = learner.captioner.trains_qformer
+    qformer_alone = trains_qformer and not learner.has_two_phases
+    results["remarks"] = list_remarks(captioned, results, qformer_alone)
     is_little = (
         len(datasets.training.references) < FEW_QFORMER_PICTURES
         or progress.step < FEW_QFORMER_STEPS
@@ -3926,14 +3977,16 @@ def summarize(
     return results
 
 
-def list_remarks(captioned: list[CaptionedPicture], results: dict[str, Any]) -> list[str]:
+def list_remarks(
+    captioned: list[CaptionedPicture], results: dict[str, Any], qformer_alone: bool
+) -> list[str]:
     """What a user should check."""
     if not captioned:
         return ["nothing is held out, so nothing can be measured"]
     remarks = []
     if results["cider_d"]["after"] is None:
         remarks.append(
-            "CIDEr-D is '-': it needs two held-out pictures or more, with captions that differ"
+            "cider_d is '-': it needs two held-out pictures or more, with captions that differ"
         )
     loss = results["held_out_loss"]
     if loss["after"] >= loss["before"]:
@@ -3946,7 +3999,12 @@ def list_remarks(captioned: list[CaptionedPicture], results: dict[str, Any]) -> 
     is_unchanged = all(row.after == row.before for row in captioned)
     most_common = max(Counter(row.after for row in captioned).values())
     most_common_reference = max(Counter(row.references[0] for row in captioned).values())
-    if is_unchanged and results["exact"]["after"] < 1:
+    if is_unchanged and results["exact"]["after"] < 1 and qformer_alone:
+        remarks.append(
+            "no held-out caption has changed: LORA_TARGETS qformer alone teaches no wording; use "
+            "qformer+attention"
+        )
+    elif is_unchanged and results["exact"]["after"] < 1:
         remarks.append("no held-out caption has changed: raise EPOCHS or LEARNING_RATE")
     elif most_common >= nearly_all and most_common_reference < nearly_all:
         remarks.append(
@@ -3989,7 +4047,7 @@ def write_tables(
     for row in captioned:
         rows.append(row._replace(references=json.dumps(row.references, ensure_ascii=False)))
     write_csv(folder / "held_out.csv", [CaptionedPicture._fields, *rows])
-    write_csv(folder / "skipped.csv", [Skipped._fields, *sorted(findings.skipped)])
+    write_csv(folder / "skipped.csv", [Skipped._fields, *sort_skipped(findings.skipped)])
 
 
 def draw_losses(folder: Path, record: dict[str, Any]) -> None:
@@ -4345,8 +4403,7 @@ def write_results(
         captioned.append(
             CaptionedPicture(picture, references, before, after.text, after.confidence)
         )
-    trains_qformer = learner.captioner.trains_qformer
-    results = summarize(captioned, datasets, progress, hard_words, trains_qformer)
+    results = summarize(captioned, datasets, progress, hard_words, learner)
     record = run.record | {"not_used": len(findings.skipped), "results": results}
 
     save_adapter(run.folder, run.record, learner)

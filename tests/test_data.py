@@ -298,6 +298,10 @@ def test_a_folder_that_is_not_there_is_named(refused, tmp_path, flags):
     error = refused(*flags, TRAIN_DIR=tmp_path / "none")
     assert repr(str(tmp_path / "none")) in error
 
+    (tmp_path / "products").mkdir()
+    error = refused(*flags, TRAIN_DIR=tmp_path / "Product")
+    assert "Did you mean 'products'?" in error
+
 
 @COMMANDS
 @pytest.mark.parametrize("near", ["Images", "image", "photos"])

@@ -486,7 +486,7 @@ def test_one_held_out_picture_has_no_cider_d(one_held_out):
     assert len(one_held_out.captioned) == len(one_held_out.held_out_pairs) == 1
     assert_not_measured(one_held_out, ("cider_d",))
     no_cider_d, unchanged = one_held_out.remarks
-    assert "CIDEr-D is '-': it needs two" in no_cider_d
+    assert "cider_d is '-': it needs two" in no_cider_d
     assert "no held-out caption has changed: raise" in unchanged
 
 

@@ -52,6 +52,22 @@ def test_wrong_usage_exits_with_2(words):
         finetune.main(words)
 
 
+@pytest.mark.parametrize(
+    "word, flag",
+    [
+        ("--train_dir", "--train-dir"),
+        ("--TRAIN_DIR=flowers", "--train-dir"),
+        ("--epoch", "--epochs"),
+        ("-check", "--check"),
+        ("--write_txt", "--write-txt"),
+    ],
+)
+def test_a_flag_that_does_not_exist_is_told_with_the_nearest(word, flag, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        finetune.main([word])
+    assert f"unrecognized arguments: {word}. Did you mean {flag!r}?" in capsys.readouterr().err
+
+
 FOR_CAPTION = ("OUTPUT_DIR", "DEVICE", "NUM_WORKERS", "NUM_BEAMS")
 IGNORED_BY_CAPTION = [["--check"], ["--restart"]]
 for name in finetune.SETTINGS:

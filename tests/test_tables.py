@@ -254,6 +254,13 @@ def test_a_table_that_can_not_be_used_is_an_error(check_case, case):
     check_case(case)
 
 
+def test_rows_are_named_in_the_order_of_their_lines(check, tmp_path):
+    lines = ["file_name,text", *["no.jpg,a cat"] * 11, "1.png,a cat"]
+    write_files(tmp_path / "data", {"metadata.csv": "\n".join(lines), "1.png": None})
+    skipped = check(tmp_path / "data").skipped
+    assert list(skipped) == [f"metadata.csv, line {number}" for number in range(2, 13)]
+
+
 def test_names_in_a_table_can_be_written_to_another(tmp_path):
     """Half a letter, too, which no file of Linux has in its name."""
     write_picture(tmp_path / "1.png")
