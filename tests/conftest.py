@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import torch  # noqa: E402
 from helpers import (  # noqa: E402
     Case,
     assert_case,
+    copy_small,
     flags_of,
     forget_the_device,
     read_listing,
@@ -155,14 +155,7 @@ def sample(tmp_path_factory) -> Path:
 @pytest.fixture
 def small_data(tmp_path, sample) -> Path:
     """Three captions of the sample with four pictures each: a TRAIN_DIR of its own."""
-    folder = tmp_path / "data"
-    (folder / "caption").mkdir(parents=True)
-    for text in sorted((sample / "caption").glob("*.txt"))[::6]:
-        shutil.copy(text, folder / "caption")
-        (folder / "Image" / text.stem).mkdir(parents=True)
-        for picture in sorted((sample / "Image" / text.stem).iterdir())[:4]:
-            shutil.copy(picture, folder / "Image" / text.stem)
-    return folder
+    return copy_small(sample, tmp_path / "data")
 
 
 # ---- The script ---------------------------------------------------------------------------------

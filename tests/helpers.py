@@ -96,6 +96,17 @@ def write_files(folder: Path, files: dict[str, str | bytes | None]) -> None:
             write_file(folder / name, content)
 
 
+def copy_small(sample: Path, folder: Path) -> Path:
+    """Three captions of the sample with four pictures each, in a new folder."""
+    (folder / "caption").mkdir(parents=True)
+    for text in sorted((sample / "caption").glob("*.txt"))[::6]:
+        shutil.copy(text, folder / "caption")
+        (folder / "Image" / text.stem).mkdir(parents=True)
+        for picture in sorted((sample / "Image" / text.stem).iterdir())[:4]:
+            shutil.copy(picture, folder / "Image" / text.stem)
+    return folder
+
+
 def write_several(folder: Path, sample: Path, count: int) -> Path:
     """A TRAIN_DIR with a table: `count` pictures, each with three, four or five captions."""
     (folder / "pictures").mkdir(parents=True)

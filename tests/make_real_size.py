@@ -31,17 +31,17 @@ REAL = {  # all that is not said here is as Blip2Config has it
 }
 MEDIUM = {  # for a GPU of any size: a tenth of a GB in 4 bits, and 0.8 GB on the disk
     "vision_config": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 20,
     },
     "text_config": {
-        "hidden_size": 1024,
-        "word_embed_proj_dim": 1024,
-        "ffn_dim": 4096,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 16,
+        "hidden_size": 1536,
+        "word_embed_proj_dim": 1536,
+        "ffn_dim": 6144,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 24,
     },
 }
 

@@ -4,6 +4,9 @@ Where there is no room even for a single picture, a sentence says so. Memory is 
 function fails if it is given more than there is room for.
 """
 
+import contextlib
+import functools
+import io
 import re
 import shutil
 import weakref
@@ -13,7 +16,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import assert_words, read_captions, read_table, rows_of, train, write_several
+from helpers import (
+    assert_words,
+    copy_small,
+    flags_of,
+    read_captions,
+    read_table,
+    rows_of,
+    train,
+    write_several,
+)
 from transformers import Blip2ForConditionalGeneration, Blip2VisionModel, GenerationMixin
 
 import finetune
@@ -210,7 +222,7 @@ class Squeeze(NamedTuple):
     place: str
     room: int
     sizes: list[int]  # what it says, one after the other
-    settings: dict[str, int] = {}
+    beams: int = 1
 
 
 SQUEEZES = [
@@ -221,55 +233,73 @@ SQUEEZES = [
     Squeeze("measuring, for one", "measuring", 1, [3, 2, 1, 3, 2, 1]),
     Squeeze("captioning, for two", "captioning", 2, [3, 2]),
     Squeeze("captioning, for one", "captioning", 1, [3, 2, 1]),
-    Squeeze("beams, for two pictures", "captioning", 6, [3, 2], {"NUM_BEAMS": 3}),
+    Squeeze("beams, for two pictures", "captioning", 6, [3, 2], beams=3),
     Squeeze("step, for two", "step", 2, [3, 2]),
     Squeeze("step, for one", "step", 1, [3, 2, 1]),
 ]
 
 
-@pytest.fixture
-def run(command, small_data, opt_base, tmp_path):
-    """run("name", NUM_BEAMS=3): what a run says that must end well; its files are in tmp_path.
+@pytest.fixture(scope="module")
+def run(sample, opt_base, tmp_path_factory):
+    """run(folder, NUM_BEAMS=3): what a run says that must end well; its files are in the folder.
 
     It encodes the pictures, though an earlier run has encoded them.
     """
+    data = copy_small(sample, tmp_path_factory.mktemp("data") / "data")
 
-    def call(name: str, **settings) -> str:
-        shutil.rmtree(small_data / ".features", ignore_errors=True)
-        code, output, error = command(
-            TRAIN_DIR=small_data,
-            MODEL_ID=opt_base,
-            OUTPUT_DIR=tmp_path / name,
-            VALIDATION_FRACTION=0.5,
-            EPOCHS=2,
-            BATCH_SIZE=6,
-            LEARNING_RATE=3e-3,
-            LORA_DROPOUT=0,  # whose noise depends on how a step is split
-            **settings,
+    def call(folder: Path, **settings) -> str:
+        shutil.rmtree(data / ".features", ignore_errors=True)
+        flags = flags_of(
+            {
+                "TRAIN_DIR": data,
+                "MODEL_ID": opt_base,
+                "OUTPUT_DIR": folder,
+                "VALIDATION_FRACTION": 0.5,
+                "EPOCHS": 2,
+                "BATCH_SIZE": 6,
+                "LEARNING_RATE": 3e-3,
+                "LORA_DROPOUT": 0,  # whose noise depends on how a step is split
+            }
+            | settings
         )
-        assert code == 0, error
-        return output
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            assert finetune.main(flags) == 0
+        return output.getvalue()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """whole(3): the folder of a run that has room for everything, with so many beams."""
+
+    @functools.cache
+    def call(beams: int) -> Path:
+        folder = tmp_path_factory.mktemp("whole") / "out"
+        assert read_sizes(run(folder, NUM_BEAMS=beams)) == []
+        return folder
 
     return call
 
 
 @pytest.mark.parametrize("squeeze", SQUEEZES, ids=lambda squeeze: squeeze.name)
-def test_a_run_halves_what_does_not_fit_with_the_same_results(run, limit_memory, squeeze, tmp_path):
+def test_a_run_halves_what_does_not_fit_with_the_same_results(
+    run, whole, limit_memory, squeeze, tmp_path
+):
     """Two epochs measure three times and caption twice: each size is told once, and kept."""
-    whole_output = run("whole", **squeeze.settings)
-    assert read_sizes(whole_output) == []
+    whole_folder = whole(squeeze.beams)
 
     limit_memory(squeeze.place, squeeze.room)
-    split_output = run("split", **squeeze.settings)
+    split_output = run(tmp_path / "split", NUM_BEAMS=squeeze.beams)
     assert read_sizes(split_output) == squeeze.sizes
 
-    whole = read_table(tmp_path / "whole/held_out.csv")
-    split = read_table(tmp_path / "split/held_out.csv")
-    assert len(whole) == 6
+    whole_rows = read_table(whole_folder / "held_out.csv")
+    split_rows = read_table(tmp_path / "split/held_out.csv")
+    assert len(whole_rows) == 6
     for column in ("picture", "before", "after"):
-        assert [row[column] for row in split] == [row[column] for row in whole]
+        assert [row[column] for row in split_rows] == [row[column] for row in whole_rows]
 
-    whole_metrics = read_table(tmp_path / "whole/metrics.csv")
+    whole_metrics = read_table(whole_folder / "metrics.csv")
     split_metrics = read_table(tmp_path / "split/metrics.csv")
     assert len(split_metrics) == len(whole_metrics) == 3
     for split_row, whole_row in zip(split_metrics, whole_metrics, strict=True):

@@ -276,40 +276,30 @@ def finished(reference, tmp_path) -> Workspace:
 
 # ---- Killed, and stopped ------------------------------------------------------------------------
 
-# Events at which one run after another is killed.
+# Events at which one process after another is killed: each continues what the one before left.
+# The number counts the calls in that process.
 WHILE_IT_ENCODES = [
-    ["before load 1"],
-    ["after load 1"],
-    ["before encode 1"],
-    ["before encode 2", "before encode 1"],
-    ["before replace *.safetensors 1"],
-    ["after replace *.safetensors 16"],
-    ["after replace *.safetensors 1"],
+    ["before load 1", "after load 1", "before encode 1", "before encode 2", "before encode 1"],
+    [
+        "before replace *.safetensors 1",
+        "after replace *.safetensors 16",
+        "after replace *.safetensors 1",
+    ],
 ]
 WHILE_IT_TRAINS = [
-    ["before caption 1"],
-    ["after caption 1"],
-    ["before step 1"],
-    ["after step 2"],
+    ["before caption 1", "after caption 1", "before step 1", "after step 2"],
     ["before step 3", "before step 1", "after step 4"],
     # at the end of an epoch
-    ["before measure 2"],
-    ["after measure 3"],
-    # as it saves the adapter, and a checkpoint
-    ["before adapter 1"],
-    ["before processor 1"],
+    ["before measure 2", "after measure 2"],
+    # as it saves the adapter
+    ["before adapter 1", "before processor 1", "before replace *settings.json 2"],
     ["after adapter 2"],
-    ["before replace *settings.json 2"],
-    ["before serialize 1"],
-    ["after open *metrics.csv 4"],
-    ["after open *checkpoint.pt.part 4"],
-    ["before replace *checkpoint.pt 1"],
-    ["before replace *checkpoint.pt 6"],
-    ["after replace *checkpoint.pt 3"],
-    ["after replace *checkpoint.pt 9"],
+    # as it writes a checkpoint
+    ["before serialize 1", "after open *metrics.csv 4", "after open *checkpoint.pt.part 4"],
+    ["before replace *checkpoint.pt 1", "after replace *checkpoint.pt 3"],
+    ["before replace *checkpoint.pt 6", "after replace *checkpoint.pt 3"],
     # as it puts its folder in place
-    ["before rename *.unfinished 1"],
-    ["after rename *.unfinished 1"],
+    ["before rename *.unfinished 1", "after rename *.unfinished 1"],
 ]
 WHILE_IT_FINISHES = [  # in this order
     "before caption 1",
@@ -359,15 +349,23 @@ def test_killed_while_it_trains_it_ends_with_the_same_adapter(events, encoded):
         assert " done" not in ended.out
 
 
-@pytest.mark.parametrize("event", WHILE_IT_FINISHES)
-def test_killed_while_it_finishes_it_ends_with_the_same_adapter(event, trained):
-    """The earlier run is usable until it is renamed by the date."""
-    trained.kill(event)
+def test_killed_again_and_again_while_it_finishes_it_ends_with_the_same_adapter(trained):
+    """At one event after the other. The earlier run is usable until it is renamed by the date."""
+    for event in WHILE_IT_FINISHES:
+        trained.kill(event)
 
-    if "rename" not in event:
-        assert read_files(trained.out) == trained.earlier_run
+        if "rename" not in event:
+            assert read_files(trained.out) == trained.earlier_run, event
+
+    assert FINISHED in trained.finish().out
+
+
+def test_killed_once_while_it_finishes_it_does_the_rest(trained):
+    trained.kill("after open *held_out.csv 1")
+
     ended = trained.finish()
-    assert f", {STEPS} done" in ended.out or FINISHED in ended.out, ended
+
+    assert f", {STEPS} done" in ended.out, ended
 
 
 def test_stopped_again_and_again_while_it_finishes_it_ends_with_the_same_adapter(trained):
@@ -486,27 +484,28 @@ def test_an_unfinished_run_captions_and_so_does_the_earlier_one(unfinished, comm
 # ---- Disk full, and other faults of the machine -------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "event, error",
-    [  # as safetensors, tokenizers and the system say it
-        ("before adapter 2", SafetensorError(f"I/O error: {NO_SPACE} (os error 28)")),
-        ("before processor 1", Exception(f"{NO_SPACE} (os error 28)")),
-        ("before replace *checkpoint.pt 5", OSError(errno.EIO, "Input/output error")),
-        ("before replace *.safetensors 2", OSError(errno.EROFS, "Read-only file system")),
-        ("before draw 1", OSError(errno.ENOSPC, NO_SPACE)),
-        # Windows renames no folder with open files
-        ("before rename *out 1", PermissionError(errno.EACCES, "Permission denied")),
-        ("before rename *.unfinished 1", PermissionError(errno.EACCES, "Permission denied")),
-    ],
-    ids=str,
-)
-def test_a_failing_write_is_a_sentence_and_loses_nothing(event, error, new):
+FAILING_WRITES = [  # in this order, as safetensors, tokenizers and the system say it
+    ("before replace *.safetensors 2", OSError(errno.EROFS, "Read-only file system")),
+    ("before processor 1", Exception(f"{NO_SPACE} (os error 28)")),
+    ("before adapter 2", SafetensorError(f"I/O error: {NO_SPACE} (os error 28)")),
+    ("before replace *checkpoint.pt 2", OSError(errno.EIO, "Input/output error")),
+    ("before draw 1", OSError(errno.ENOSPC, NO_SPACE)),
+    # Windows renames no folder with open files
+    ("before rename *out 1", PermissionError(errno.EACCES, "Permission denied")),
+    ("before rename *.unfinished 1", PermissionError(errno.EACCES, "Permission denied")),
+]
+
+
+def test_a_failing_write_is_a_sentence_and_loses_nothing(new):
+    """One process after the other, each of which fails at another place."""
     new.add_earlier_run()
 
-    failed = new.run_with(fail_with(error), event)
+    for event, error in FAILING_WRITES:
+        failed = new.run_with(fail_with(error), event)
 
-    assert failed.code == 1
-    assert_one_sentence(failed.err, str(error), "run the same command again")
+        assert failed.code == 1, event
+        assert_one_sentence(failed.err, str(error), "run the same command again")
+
     new.finish()
 
 

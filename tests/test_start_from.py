@@ -82,17 +82,17 @@ def test_the_output_folder_may_be_the_same_and_the_earlier_run_is_kept(folder):
     assert folder.read_adapter(earlier.name) == first
 
 
-@pytest.mark.parametrize("event", ["before step 5", "before rename 1", "after rename 1"])
-def test_killed_and_continued_it_ends_the_same(folder, event):
+def test_killed_and_continued_it_ends_the_same(folder):
     """Also in the moment when the earlier run is replaced by the one that started from it."""
     assert folder.run(OUTPUT_DIR="whole", START_FROM="first").code == 0
 
-    killed = folder.run(
-        OUTPUT_DIR="first",
-        START_FROM="first",
-        prepare=lambda: on(event, send(signal.SIGKILL)),
-    )
-    assert killed.code == -signal.SIGKILL
+    for event in ("before step 5", "before rename 1", "after rename 1"):
+        killed = folder.run(
+            OUTPUT_DIR="first",
+            START_FROM="first",
+            prepare=lambda event=event: on(event, send(signal.SIGKILL)),
+        )
+        assert killed.code == -signal.SIGKILL, event
     ended = folder.run(OUTPUT_DIR="first", START_FROM="first")
 
     assert ended.code == 0, ended
