@@ -783,6 +783,14 @@ def list_files(folder: str, findings: Findings) -> Iterator[str]:
             yield os.path.join(parent, name)
 
 
+def list_neighbours(path: str) -> list[str]:
+    """The names of all that is in the folder of a path, which need not exist."""
+    try:
+        return os.listdir(os.path.dirname(path) or ".")
+    except OSError:
+        return []
+
+
 def list_loose_forms(name: str) -> list[str]:
     """A file's name without what people get wrong, the nearest form first.
 
@@ -1537,10 +1545,7 @@ def find_pairs(folder: str, findings: Findings) -> list[Pair]:
 def describe_near_folder(folder: str) -> str:
     """The end of an error message: which folder was probably meant; "": none is near."""
     parent, name = os.path.split(folder)
-    try:
-        names = os.listdir(parent or ".")
-    except OSError:
-        return ""
+    names = list_neighbours(folder)
     folders = [other for other in names if os.path.isdir(os.path.join(parent, other))]
     return did_you_mean(name, folders)
 
@@ -3292,6 +3297,7 @@ def hash_start_from(settings: argparse.Namespace) -> str:
         refuse_damaged_weights(weights)
     except ValueError as error:
         raise UserError(f"START_FROM {str(folder)!r} can't be used: {error}.") from error
+
     trained_on = record["settings"]["MODEL_ID"]
     if trained_on != settings.MODEL_ID and is_missing_folder(trained_on):
         raise UserError(
@@ -3299,6 +3305,7 @@ def hash_start_from(settings: argparse.Namespace) -> str:
             "not on this machine. If MODEL_ID is a copy of it, write the path of MODEL_ID into "
             "settings.json in START_FROM."
         )
+
     differences = []
     for name in ("MODEL_ID", "LOAD_IN_4BIT", "LORA_RANK", "LORA_ALPHA", "LORA_TARGETS"):
         there = record["settings"][name]
@@ -3952,6 +3959,7 @@ def summarize(
         "seconds": round(progress.metrics[-1]["seconds"], 1),
         "held_out_loss": held_out,
     }
+
     references = [row.references for row in captioned]
     before = measure_captions([row.before for row in captioned], references)
     after = measure_captions([row.after for row in captioned], references)
@@ -3962,6 +3970,7 @@ def summarize(
     if hard_words.hardest:
         results["hard_words"] = hard_words.hardest
         results["mean_word_loss"] = hard_words.mean
+
     trains_qformer = learner.captioner.trains_qformer
     qformer_alone = trains_qformer and not learner.has_two_phases
     results["remarks"] = list_remarks(captioned, results, qformer_alone)
@@ -4563,12 +4572,7 @@ def list_pictures(paths: list[str], findings: Findings) -> list[str]:
 
 def describe_near_file(path: str) -> str:
     """The end of a reason: that there is a file with nearly this path; "": there is none."""
-    folder, name = os.path.split(path)
-    try:
-        names = os.listdir(folder or ".")
-    except OSError:
-        return ""
-    return NearNames(names).describe(name)
+    return NearNames(list_neighbours(path)).describe(os.path.basename(path))
 
 
 def load_trained(settings: argparse.Namespace) -> Captioner:
