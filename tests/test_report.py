@@ -348,22 +348,6 @@ def test_the_settings_in_settings_json_repeat_the_run(ran, tmp_path):
 # ---- What is said at the end --------------------------------------------------------------------
 
 
-def test_the_readmes_first_command_gives_21_of_21(sample, opt_base, monkeypatch, tmp_path):
-    readme = (Path(finetune.__file__).parent / "README.md").read_text(encoding="utf-8")
-    words = re.search(r"finetune\.py (--model-id tests/tiny_blip2.*)", readme)[1].split()
-    shutil.copytree(sample, tmp_path / "train")
-    shutil.copytree(opt_base, tmp_path / "tests/tiny_blip2")
-    monkeypatch.chdir(tmp_path)
-
-    run = finish_command(tmp_path / "blip2_lora_finetuned", words)
-
-    assert re.fullmatch(r"\d before, 21 after, of 21", run.printed["exact"])
-    assert run.remarks == []
-    assert run.output.count("  reference: ") == 6
-    # No progress bars, and no colors, where the output is not a terminal.
-    assert not re.search(r"[\r\x1b]|it/s|step/s|picture/s|%\|", run.output)
-
-
 @pytest.fixture(scope="module")
 def worse(sample, opt_base, tmp_path_factory) -> FinishedRun:
     """A run that forgets: it learns one caption for all pictures, and is measured on their own.
