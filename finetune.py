@@ -11,7 +11,7 @@ What comes out: blip2_lora_finetuned/ with the adapter, the processor, a model c
 report.html to look at, losses.png, held_out.csv, pairs.csv, metrics.csv, skipped.csv and
 settings.json. Until it is finished, a run is in blip2_lora_finetuned.unfinished/, with
 checkpoint.pt to continue from. The frozen part's output for each picture is kept in
-train/.features/, for the next run. blip2_lora_finetuned.lock keeps two runs apart.
+train/.features/, for the next run. blip2_lora_finetuned.lock keeps out a second run.
 
     python finetune.py                       train with the settings below, which are also flags;
                                              after an interruption, the same command continues
@@ -85,7 +85,7 @@ VALIDATION_DIR: str = ""  # pictures to measure on, in any layout; "": hold out 
 OUTPUT_DIR: str = "blip2_lora_finetuned"  # what the run leaves; an earlier run there is renamed
 # model
 MODEL_ID: str = "Salesforce/blip2-opt-2.7b"  # Hub name or folder of a BLIP-2 with OPT or Flan-T5
-START_FROM: str = ""  # folder of a finished run, whose adapter is trained on; "": a new adapter
+START_FROM: str = ""  # folder of a finished run, to go on with its adapter; "": a new adapter
 DEVICE: str = "auto"  # where it runs: auto, cuda, cuda:1, cpu
 DTYPE: str = "auto"  # precision of what is not in 4 bits: auto, bfloat16, float16, float32
 LOAD_IN_4BIT: bool = True  # language model in NF4, for less memory; False: faster where it fits
@@ -513,7 +513,9 @@ def check_paths(settings: argparse.Namespace) -> list[str]:
     for name in PATH_SETTINGS:
         value = getattr(settings, name)
         if is_url(value) and name != "MODEL_ID":  # of which there is more to say
-            problems.append(f"{name} is {value!r}, a URL; download it, and name the folder.")
+            problems.append(
+                f"{name} is {value!r}, a URL. Download it, and set {name} to the folder."
+            )
         if has_control_character(value):
             problems.append(f"{name} is {value!r}, {CONTROL_CHARACTER_REMEDY}.")
     return problems
@@ -549,7 +551,7 @@ def check_output_dir(settings: argparse.Namespace) -> list[str]:
     elif os.path.ismount(output):
         faults.append("is a mount point, which can't be renamed")
     name = f"OUTPUT_DIR {settings.OUTPUT_DIR!r}"
-    return [f"{name} {fault}; name a folder of its own." for fault in faults]
+    return [f"{name} {fault}; choose a separate folder." for fault in faults]
 
 
 # ---- Pairs: what the captions are, and which pictures they are for ------------------------------
@@ -604,26 +606,26 @@ def print_notes(findings: Findings, name_files: bool) -> None:
             findings.joined,
             "caption file has several lines, which were joined",
             "caption files have several lines, which were joined",
-            "If each line is a caption of its own, use a table.",
+            "If each line is a separate caption, use a table.",
         ),
         (
             findings.sharing,
             "picture shares its .txt with another of the same name",
             "pictures share their .txt with another of the same name",
-            "If each has a caption of its own, rename one of the two, and give it its own .txt.",
+            "If each has its own caption, rename one of the two, and give it its own .txt.",
         ),
         (
             findings.not_pictures,
-            "file is not a picture, by its extension or content",
-            "files are not pictures, by their extension or content",
+            "file is not a picture, judging by its extension or content",
+            "files are not pictures, judging by their extension or content",
             "Ignored.",
         ),
         (
             findings.one_colour,
-            "picture is of (nearly) one colour once it is read",
-            "pictures are of (nearly) one colour once they are read",
-            "They are used. Usual causes: 12 bits in a 16-bit file, white on transparency, a "
-            "failed frame.",
+            "picture is (almost) a single colour, as it is read",
+            "pictures are (almost) a single colour, as they are read",
+            "Used all the same: look at them. Usual causes: 12 bits in a 16-bit file, white on a "
+            "transparent background, a frame that was not recorded.",
         ),
     )
     for paths, one, many, advice in notes:
@@ -852,7 +854,7 @@ def clean_caption(text: str) -> str:
 
 
 ISO_2022 = re.compile(r"\x1b[$(]")  # begins letters in the encodings of that name
-NOT_PLAIN = "is in ISO-2022-JP, or in another encoding that switches between letters"
+NOT_PLAIN = "is in ISO-2022-JP, or in a similar encoding"
 
 
 class CaptionFile(NamedTuple):
@@ -892,7 +894,7 @@ def read_caption(path: str) -> CaptionFile:
     if ISO_2022.search(text):
         return unusable(f"{NOT_PLAIN}; save it in UTF-8")
     if "\0" in text:  # in UTF-8 each letter of UTF-16 is followed by one
-        return unusable("is not text in UTF-8 (but in UTF-16, or no text); save it in UTF-8")
+        return unusable("is UTF-16 without a byte order mark, or not text; save it in UTF-8")
 
     caption = clean_caption(text)
     if not caption:
@@ -950,7 +952,7 @@ def match_names(
         if not caption_files:
             reason = f"there is no caption with this name, {name}.txt{near_captions.describe(name)}"
         elif len(caption_files) > 1:
-            reason = f"there are {len(caption_files)} captions with this name"
+            reason = f"there are {len(caption_files)} captions with this name; keep one of them"
         elif not picture_files:
             reason = f"there is no picture with this name{near_pictures.describe(name)}"
         else:
@@ -972,7 +974,7 @@ def match_names(
 # ---- Layouts
 
 
-TABLE_BELOW = "a table is read only from TRAIN_DIR or VALIDATION_DIR itself: set one to its folder"
+TABLE_BELOW = "tables in subfolders are not read; set TRAIN_DIR or VALIDATION_DIR to its folder"
 
 
 def read_folders(folder: str, findings: Findings) -> list[Pair]:
@@ -984,7 +986,7 @@ def read_folders(folder: str, findings: Findings) -> list[Pair]:
         if extension.lower() == ".txt" and "/" not in name:
             captions[name].append(path)
         else:
-            reason = "is not caption/<name>.txt"
+            reason = "is not used: only .txt files in caption/ itself are read"
             if is_table_name(os.path.basename(path)) and extension.lower() != ".txt":
                 reason = TABLE_BELOW
             findings.skip(path, reason)
@@ -1007,7 +1009,7 @@ def read_folders(folder: str, findings: Findings) -> list[Pair]:
         extension = os.path.splitext(path)[1].lower()
         if os.path.isdir(path):
             findings.skip(
-                path, "is a folder other than caption/ and Image/, and is not looked into"
+                path, "is a folder other than caption/ and Image/; its files are not read"
             )
         elif extension != ".txt" and is_other_extension(extension):
             findings.not_pictures.append(path)
@@ -1051,7 +1053,7 @@ def explain_text_table(path: str) -> str:
     try:
         next(read_rows(path), None)
     except UserError as error:
-        return f"there is no picture with this name, and it is no table either: {error}"
+        return f"there is no picture with this name, and it is not a table either: {error}"
     return TABLE_BELOW
 
 
@@ -1175,7 +1177,7 @@ def explain_header(cells: list[str]) -> str:
     names = [re.sub(r"#\d+$", "", cell.strip()) for cell in cells]  # a.jpg#0, as in Flickr8k
     if any(is_picture_extension(os.path.splitext(name)[1]) for name in names):
         return (
-            f"has no names of columns: its first row is {cells[:20]}. Add a row above it with "
+            f"has no column names: its first row is {cells[:20]}. Add a row above it with "
             f"{WANTED_COLUMNS}."
         )
     if len(cells) <= 1:
@@ -1251,8 +1253,8 @@ def parse_values(path: str, text: str) -> Iterator[tuple[str, Any]]:
             ) from error
         except RecursionError as error:
             raise UserError(
-                f"{path!r} can't be read from line {line} on: too many brackets in brackets. Write "
-                f"one object such as {JSON_EXAMPLE} for each picture."
+                f"{path!r} can't be read from line {line} on: brackets are nested too deeply. "
+                f"Write one object such as {JSON_EXAMPLE} for each picture."
             ) from error
         yield f"line {line}", value
         next_position = between.match(text, end).end()
@@ -1305,7 +1307,7 @@ def read_coco(path: str, content: dict[str, Any]) -> Iterator[TableRow]:
         raise UserError(f"{path!r} has no rows: no captions are in it. Download it again.")
     if not any("caption" in annotation for annotation in annotations):
         raise UserError(
-            f"{path!r} looks like a COCO file, but has no captions: take the one called "
+            f"{path!r} looks like a COCO file, but has no captions: use the file called "
             "captions_..."
         )
 
@@ -1367,7 +1369,8 @@ class FileFinder:
             return self.files[same_name[0]]
         if len(same_name) > 1:
             examples = " and ".join(map(repr, same_name[:2]))
-            return Lookup(key, "", f"{len(same_name)} files have this name, as {examples}")
+            reason = f"{len(same_name)} files have this name, such as {examples}"
+            return Lookup(key, "", f"{reason}; write the path below the folder")
         if key.startswith("../"):
             reason = "it points outside the folder; copy the picture into it"
             return Lookup(key, "", reason + self.near_names.describe(key))
@@ -1458,8 +1461,9 @@ def refuse_captions_beside(path: str, finder: FileFinder) -> None:
         stem, extension = os.path.splitext(key)
         if extension.lower() == ".txt" and stem in pictures:
             raise UserError(
-                f"there are {path!r} and <name>.txt next to pictures, such as {key!r}. Captions "
-                "come from one place: keep one of them, and move the others away."
+                f"captions are in two places: in {path!r}, and in .txt files next to pictures, "
+                f"such as {key!r}. Keep the table or the .txt files, and move the others out of "
+                "the folder."
             )
 
 
@@ -1483,8 +1487,8 @@ def find_layout(folder: str) -> Layout:
     if len(layouts) > 1:
         found = " and ".join(layout.name for layout in layouts)
         raise UserError(
-            f"there are {found} in {folder!r}. Captions come from one place: keep one of them, and "
-            "move the others away."
+            f"captions are in several places in {folder!r}: {found}. Keep one of them, and move "
+            "the others out of the folder."
         )
     if layouts:
         return layouts[0]
@@ -1524,7 +1528,7 @@ def find_pairs(folder: str, findings: Findings) -> list[Pair]:
     """The pairs in a folder, sorted, of whichever layout, which is printed. Raises UserError."""
     if not os.path.isdir(folder):
         raise UserError(
-            f"there is no folder {folder!r}. Name the one with pictures and captions."
+            f"there is no folder {folder!r}. Choose the one with your pictures and captions."
             + describe_near_folder(folder)
         )
     layout = find_layout(folder)
@@ -1562,7 +1566,7 @@ def describe_near_layout(folder: str) -> str:
             try:
                 next(read_rows(os.path.join(folder, name)), None)
             except UserError as error:
-                hints.append(f"As a table, {error}")
+                hints.append(f"It can't be used as a table: {error}")
         elif extension in (".csv", ".tsv", ".jsonl"):
             hints.append(f"If {name!r} is a table of captions, rename it to metadata{extension}.")
     hints += describe_near_folders(folder, names)
@@ -1695,7 +1699,7 @@ def convert_to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode in ("I", "F"):
         raise ValueError(
             "its pixels are 32-bit or negative numbers, whose range is not known; save it with 8 "
-            "bits, or 16 without sign"
+            "bits, or 16 unsigned bits"
         )
 
     alpha = None
@@ -1765,7 +1769,7 @@ def explain_unreadable(path: str, error: Exception) -> str:
     other_kind = recognize(first_bytes)
     if other_kind == PICTURE:
         return (
-            "is damaged after its first bytes, or of a rare kind; copy or download it again, or "
+            "is damaged after its first bytes, or in a rare format; copy or download it again, or "
             "save it as JPEG"
         )
     if other_kind:
@@ -1889,7 +1893,7 @@ class PartSize:
             if is_too_large:
                 self.size = math.ceil(len(part) / 2)
                 torch.cuda.empty_cache()
-                tqdm.write(f"out of memory: {self.size} at a time from now on")
+                tqdm.write(f"out of memory with {len(part)} at a time: {self.size} from now on")
             else:
                 start += len(part)
         return results
@@ -2247,9 +2251,7 @@ def choose_dtype(dtype: str, capability: tuple[int, int], is_t5: bool) -> str:
 def choose_device(name: str, dtype: str, is_t5: bool, parameters: int) -> DeviceChoice:
     """Device and dtype for these settings and a model of this size. Raises UserError."""
     if name.startswith("cuda:") and PartialState().num_processes > 1:
-        raise UserError(
-            f"DEVICE is {name!r}, but each process takes a GPU of its own: set it to auto."
-        )
+        raise UserError(f"DEVICE is {name!r}, but each process uses its own GPU: set it to auto.")
     device = torch.device("cpu")
     reason = "as DEVICE says"
     if name != "cpu":
@@ -2279,8 +2281,9 @@ def choose_device(name: str, dtype: str, is_t5: bool, parameters: int) -> Device
     dtype = choose_dtype(dtype, capability, is_t5)
     if dtype == "float16" and (is_t5 or device.type == "cpu"):
         raise UserError(
-            "DTYPE float16 is for OPT on a GPU; T5 overflows in it. Set it to auto; a run that "
-            "began in it continues on a GPU, or from scratch with --restart."
+            "DTYPE float16 works only for OPT on a GPU (T5 overflows). Set DTYPE to auto. A run "
+            "that was started in float16 can be continued on a GPU only; elsewhere, --restart "
+            "trains from scratch."
         )
     return DeviceChoice(device, getattr(torch, dtype), reason)
 
@@ -2294,7 +2297,7 @@ def explain_missing_gpu(name: str, why: str) -> str:
         existing = "only cuda:0"
         if count > 1:
             existing = f"only cuda:0 to cuda:{count - 1}"
-        return f"there is {existing} ({why}). Name one that exists"
+        return f"there is {existing} ({why}). Choose one that exists"
     elif torch.version.cuda is None and torch.version.hip is None:
         remedy = "Install a PyTorch with CUDA"
     elif "driver" in why:
@@ -2312,7 +2315,7 @@ def check_model_folder(folder: str) -> None:
         base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
         raise ValueError(
             f"it is an adapter, not a model. Set MODEL_ID to its base, {base!r}, and START_FROM to "
-            "this folder to train it on"
+            "this folder to continue training it"
         )
     if "config.json" not in names:
         for pattern in ("*/config.json", "*/*/config.json"):  # as in the Hub's cache
@@ -2396,7 +2399,7 @@ def read_config(model_id: str) -> Blip2Config:
         raise ValueError(f"its language model is {language_model}; only OPT and Flan-T5 are known")
     if getattr(config, "quantization_config", None):
         raise ValueError(
-            "it was saved quantized. Name the original model: LOAD_IN_4BIT quantizes it"
+            "it was saved quantized. Set it to the original model: LOAD_IN_4BIT quantizes it"
         )
     return config
 
@@ -2461,7 +2464,7 @@ def load_model(
     )
     wrong = sorted(str(key) for key in loading["missing_keys"] | loading["mismatched_keys"])
     if wrong:
-        raise ValueError(f"weights are missing or of another shape: {wrong[0]}")
+        raise ValueError(f"weights are missing or have the wrong shape: {wrong[0]}")
     layers = {name.rpartition(".")[0] for name in model.state_dict()}
     for key in sorted(loading["unexpected_keys"]):
         layer = re.match(r".*\.layers?\.\d+\.", key)
@@ -2488,7 +2491,7 @@ def explain_loading_error(model_id: str, error: Exception) -> str:
     if "no kernel image" in reason:
         return f"{sentence} {NO_KERNELS_REMEDY}, or use --device cpu."
     if "bitsandbytes" in reason:
-        return f"{sentence} Another version may do it: pip install --upgrade bitsandbytes."
+        return f"{sentence} A newer bitsandbytes may help: pip install --upgrade bitsandbytes."
     if not isinstance(error, OSError) or os.path.isdir(model_id):
         return sentence
 
@@ -2499,7 +2502,7 @@ def explain_loading_error(model_id: str, error: Exception) -> str:
         )
     # What the Hub's libraries can't find or fetch is an OSError.
     if os.path.exists(model_id):
-        return f"can't load MODEL_ID {model_id!r}: it is a file. Name the folder of a model."
+        return f"can't load MODEL_ID {model_id!r}: it is a file. Set it to the folder of a model."
     if model_id.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id):
         return (
             f"can't load MODEL_ID {model_id!r}: there is no such folder, and a name on the Hub "
@@ -2829,8 +2832,8 @@ def build_datasets(
     if not settings.VALIDATION_DIR:
         copies = find_copies(pair.picture for pair in training_pairs)
         if copies and settings.VALIDATION_FRACTION:
-            one = "picture is a copy of another, and was kept on the same side"
-            many = "pictures are copies of others, and were kept on the same side"
+            one = "picture is an exact copy of another: both are trained on, or both are held out"
+            many = "pictures are exact copies of others: copies are all trained on, or all held out"
             print(count_of(len(copies), one, many))
         training_pairs, held_out_pairs = split_pairs(
             training_pairs,
@@ -3188,8 +3191,8 @@ class Learner:
                 part.copy_(saved[name.replace(".default.", ".")])
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise UserError(
-                f"the adapter {str(path)!r} does not fit this model: {error}. Name the OUTPUT_DIR "
-                "of a run with the same settings in START_FROM."
+                f"the adapter {str(path)!r} does not fit this model: {error}. Set START_FROM to "
+                "the OUTPUT_DIR of a run with the same settings."
             ) from error
         self.copy_to_weights()
 
@@ -3290,8 +3293,8 @@ def hash_start_from(settings: argparse.Namespace) -> str:
         )
     if not record.get("results"):
         raise UserError(
-            f"START_FROM {str(folder)!r} does not hold a finished run of this script. Name the "
-            "OUTPUT_DIR of one."
+            f"START_FROM {str(folder)!r} does not hold a finished run of this script. Set it to "
+            "the OUTPUT_DIR of one."
         )
     try:
         refuse_damaged_weights(weights)
@@ -3302,8 +3305,8 @@ def hash_start_from(settings: argparse.Namespace) -> str:
     if trained_on != settings.MODEL_ID and is_missing_folder(trained_on):
         raise UserError(
             f"the base of the adapter in START_FROM {str(folder)!r} is {trained_on!r}, which is "
-            "not on this machine. If MODEL_ID is a copy of it, write the path of MODEL_ID into "
-            "settings.json in START_FROM."
+            f"not on this machine. If {settings.MODEL_ID!r} is a copy of it, set MODEL_ID in "
+            f"{str(folder / 'settings.json')!r} to that."
         )
 
     differences = []
@@ -3416,11 +3419,11 @@ class Run:
         if (self.output / "settings.json").exists():
             raise UserError(
                 f"settings.json in OUTPUT_DIR {str(self.output)!r} is damaged, so it is not "
-                "clear whether it holds a run. Name another folder, or move this one away."
+                "clear whether it contains a run. Choose another folder, or move this one away."
             )
         raise UserError(
             f"OUTPUT_DIR {str(self.output)!r} holds files that are not from a run of this "
-            "script. Name another folder, or move them."
+            "script. Choose another folder, or move them."
         )
 
     def is_complete(self) -> bool:
@@ -3498,7 +3501,7 @@ class Run:
             lines = [
                 f"{str(self.folder)!r} holds an unfinished run that differs from this one:",
                 *differences,
-                "Undo these changes to continue, use --restart to train from scratch, or name "
+                "Undo these changes to continue, use --restart to train from scratch, or choose "
                 "another OUTPUT_DIR.",
             ]
             raise UserError("\n  ".join(lines))
@@ -3789,8 +3792,8 @@ def refuse_not_finite(result: StepResult, learner: Learner, step: int, pictures:
         remedy += ", or set DTYPE to float32"
     raise UserError(
         f"at step {step} {what}. {remedy}, and use --restart. If that does not help, a file of "
-        "features may be damaged: delete .features in TRAIN_DIR (or OUTPUT_DIR.features); "
-        "it will be made again."
+        "features may be damaged: delete .features in TRAIN_DIR (or, if that can't be "
+        "written to, OUTPUT_DIR.features); it will be made again."
     )
 
 
@@ -3981,7 +3984,7 @@ def summarize(
     if trains_qformer and is_little:
         results["remarks"].append(
             f"a Q-Former learns little from fewer than {FEW_QFORMER_PICTURES} pictures or "
-            f"{FEW_QFORMER_STEPS} steps: LORA_TARGETS attention may do as well"
+            f"{FEW_QFORMER_STEPS} steps: LORA_TARGETS attention may be just as good"
         )
     return results
 
@@ -4000,7 +4003,7 @@ def list_remarks(
     loss = results["held_out_loss"]
     if loss["after"] >= loss["before"]:
         remarks.append(
-            "the held-out loss is not below that before training: lower LEARNING_RATE, "
+            "the held-out loss is no lower than before training: lower LEARNING_RATE, "
             "or add pictures"
         )
 
@@ -4010,15 +4013,17 @@ def list_remarks(
     most_common_reference = max(Counter(row.references[0] for row in captioned).values())
     if is_unchanged and results["exact"]["after"] < 1 and qformer_alone:
         remarks.append(
-            "no held-out caption has changed: LORA_TARGETS qformer alone teaches no wording; use "
-            "qformer+attention"
+            "the captions of the held-out pictures did not change: LORA_TARGETS qformer alone "
+            "teaches no wording; use qformer+attention"
         )
     elif is_unchanged and results["exact"]["after"] < 1:
-        remarks.append("no held-out caption has changed: raise EPOCHS or LEARNING_RATE")
+        remarks.append(
+            "the captions of the held-out pictures did not change: raise EPOCHS or LEARNING_RATE"
+        )
     elif most_common >= nearly_all and most_common_reference < nearly_all:
         remarks.append(
-            "nearly all held-out captions are the same: lower LEARNING_RATE, and look at "
-            "held_out.csv"
+            "the model writes nearly the same caption for all held-out pictures: lower "
+            "LEARNING_RATE, and look at held_out.csv"
         )
     return remarks
 
@@ -4029,7 +4034,8 @@ def describe_results(results: dict[str, Any]) -> dict[str, str]:
     for name, value in results.items():
         if name == "hard_words":
             words = ", ".join(f"{word} {loss:.2f}" for word, loss in value.items())
-            described["hard_words"] = f"{words} (loss; all words: {results['mean_word_loss']:.2f})"
+            mean = results["mean_word_loss"]
+            described["hard_words"] = f"{words} (loss; mean of all words: {mean:.2f})"
         elif name not in ("remarks", "mean_word_loss"):
             described[name] = str(value)
     count = results["captioned"]
@@ -4535,7 +4541,7 @@ def expand_path(path: str) -> list[str]:
     "~" is the home folder. A pattern with * is expanded, since Windows' shells don't do it.
     """
     if is_url(path):
-        raise UserError(f"{path!r} is a URL. Download the picture, and name the file by its path.")
+        raise UserError(f"{path!r} is a URL. Download the picture, and give the path of the file.")
     path = os.path.expanduser(path)
     if os.path.lexists(path):
         return [path]
@@ -4566,7 +4572,7 @@ def list_pictures(paths: list[str], findings: Findings) -> list[str]:
     if not pictures:
         reasons = [f"{path!r}: {reason}" for path, reason in findings.skipped[:MAX_NAMED]]
         why = "; ".join(reasons) or f"there is no picture in {paths}"
-        raise UserError(f"nothing to caption: {why}. Name pictures, or folders.")
+        raise UserError(f"nothing to caption: {why}. Give pictures or folders after --caption.")
     return list(pictures)
 
 
@@ -4585,8 +4591,8 @@ def load_trained(settings: argparse.Namespace) -> Captioner:
     for name in ("settings.json", "adapter_model.safetensors", "adapter_config.json"):
         if not (output / name).exists():
             raise no_adapter(
-                f"there is no {name}. Train one first, or finish a run with the command that "
-                "began it"
+                f"there is no {name}. If you trained with --output-dir, give it again; if the run "
+                "is unfinished, run its command again"
             )
     try:
         text = (output / "settings.json").read_text(encoding="utf-8")
@@ -4601,8 +4607,8 @@ def load_trained(settings: argparse.Namespace) -> Captioner:
 
     if is_missing_folder(trained.MODEL_ID):
         raise no_adapter(
-            f"its base {trained.MODEL_ID!r} is not on this machine. If it is in another folder, "
-            "write that path into settings.json there"
+            f"its base {trained.MODEL_ID!r} is not on this machine. If you have it in another "
+            f"folder, set MODEL_ID in {str(output / 'settings.json')!r} to that path"
         )
 
     trained.DEVICE = settings.DEVICE
@@ -4636,11 +4642,13 @@ def caption_pictures(settings: argparse.Namespace) -> int:
         raise UserError(f"--page is {settings.page!r}, {CONTROL_CHARACTER_REMEDY}.")
     page_folder = os.path.dirname(os.path.expanduser(settings.page))
     if page_folder and not os.path.isdir(page_folder):
-        raise UserError(f"there is no folder {page_folder!r} for --page. Make it, or name another.")
+        raise UserError(
+            f"there is no folder {page_folder!r} for --page. Make it, or choose another."
+        )
     if settings.page and not settings.page.lower().endswith((".html", ".htm")):
         raise UserError(
             f"--page {settings.page!r} does not end in .html, and a page is not written over "
-            "another kind of file. Name it, for example, new.html."
+            "another kind of file. Use, for example, --page new.html."
         )
     print(f"adapter: {printable(settings.OUTPUT_DIR)}", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):
@@ -4757,8 +4765,8 @@ def run_command(settings: argparse.Namespace) -> int:
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))
     if int(os.environ.get("WORLD_SIZE", 1)) > state.num_processes:
         raise UserError(
-            "several processes were started, but there is no GPU for them. Fix that, "
-            "or try it with --device cpu."
+            "several processes were started, but there is no GPU for them. See what "
+            "nvidia-smi shows, or try it with --device cpu."
         )
     check_settings(settings)
     if (settings.caption or settings.check) and not state.is_main_process:
@@ -4782,8 +4790,8 @@ def find_remedy(error: Exception, how_to_continue: str) -> str:
     """What to do about an error that a library raised; "": none is known."""
     if isinstance(error, Timeout):  # of the lock of OUTPUT_DIR
         return (
-            "Another run is using this OUTPUT_DIR: stop it, or name another folder. Only if there "
-            "is none (it was killed on another machine), delete that file."
+            "Another run is using this OUTPUT_DIR: stop it, or choose another folder. Only if "
+            "there is none (it was killed on another machine), delete that file."
         )
     if is_out_of_memory(error):
         return f"{MEMORY_REMEDY}."
@@ -4829,7 +4837,7 @@ def main(argv: list[str] | None = None) -> int:
     how_to_continue = "run the same command again"
     if is_training and settings.restart:  # which would give up what the restarted run has saved
         how_to_continue = (
-            "run the same command without --restart; if no training step was shown yet, with it"
+            "run the same command without --restart (if no training step was shown yet, keep it)"
         )
 
     handler = signal.signal(signal.SIGTERM, interrupt)

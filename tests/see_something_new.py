@@ -120,7 +120,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     new = draw_labeled(arguments.new, arguments.what, seed=2)
-    print("| LORA_TARGETS | exact of 100 | new word right | other words right |")
+    print("| LORA_TARGETS | exact, % | new word right, % | other words right, % |")
     print("|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         train_dir = Path(temporary, "train")

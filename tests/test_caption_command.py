@@ -85,7 +85,7 @@ def test_what_can_not_be_read_is_named_and_does_not_stop_the_others(caption, sma
     reasons = dict(re.findall(r"^  (\S+): (.+)$", err, re.M))
     expected = {f"data/Image/{name}": "is text, not a picture" for name in bad}
     assert_reasons(reasons, expected | {"missing.png": "no such file"})
-    assert "2 files are not pictures, by their extension or content" in err
+    assert "2 files are not pictures, judging by their extension or content" in err
 
 
 def test_a_folder_without_a_file_is_an_error(caption, tmp_path):
@@ -116,7 +116,7 @@ def test_without_a_finished_run_the_error_says_to_train_first(
 
     error = refused("--caption", str(small_data / "Image"), OUTPUT_DIR=tmp_path / "run")
 
-    assert_words(error, (repr(str(tmp_path / "run")), "Train one first"))
+    assert_words(error, (repr(str(tmp_path / "run")), "give it again"))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_damaged_adapter_is_named_as_what_it_is(
     error = refused("--caption", str(small_data / "Image"), OUTPUT_DIR=tmp_path / "run")
 
     assert_words(error, (repr(str(tmp_path / "run")), words))
-    assert "Train one first" not in error
+    assert "give it again" not in error
 
 
 # ---- New: files that are no pictures ------------------------------------------------------------

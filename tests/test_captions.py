@@ -41,7 +41,7 @@ CAPTIONS = [
     caption_is_not_used("ISO-2022-JP", "赤いバラ".encode("iso2022_jp"), "ISO-2022-JP", "UTF-8"),
     caption_is_not_used("UTF-16 without a mark", TEXT.encode("utf-16-le"), "UTF-8"),
     caption_is_not_used("half a letter of UTF-16", b"\xff\xfea", "UTF-8"),
-    caption_is_not_used("zeros", bytes(99), "not text in UTF-8"),
+    caption_is_not_used("zeros", bytes(99), "not text", "UTF-8"),
     caption_is_not_used("nothing", b"", "empty"),
     caption_is_not_used("only white space", " \r\n\u3000", "empty"),
     caption_is_not_used("too long", "x" * 1_000_001, "1 MB"),

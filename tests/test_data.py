@@ -118,8 +118,8 @@ FOLDERS = [
         },
         pairs=[("Image/rose/1.png", "a rose")],
         reasons={
-            "caption/notes.md": "is not caption/<name>.txt",
-            "caption/deeper/cat.txt": "is not caption/<name>.txt",
+            "caption/notes.md": "only .txt files in caption/ itself are read",
+            "caption/deeper/cat.txt": "only .txt files in caption/ itself are read",
         },
     ),
     Case(

@@ -136,4 +136,4 @@ def test_copies_of_a_picture_are_on_the_same_side(command, tmp_path, opt_base):
     assert {"train"} in sides.values()
     assert {"held out"} in sides.values()
     [line] = [line for line in out.splitlines() if "copies of others" in line]
-    assert "same side" in line
+    assert "all trained on, or all held out" in line

@@ -158,7 +158,7 @@ def test_one_gpu_for_several_processes_is_refused(machine):
     """Each takes a GPU of its own: with cuda:1 all would load their models into the same one."""
     machine((8, 0), processes=2)
 
-    with pytest.raises(finetune.UserError, match="'cuda:1', but each process takes a GPU"):
+    with pytest.raises(finetune.UserError, match="'cuda:1', but each process uses its own GPU"):
         finetune.choose_device("cuda:1", "auto", False, 1)
 
 
@@ -261,7 +261,7 @@ def test_the_remedy_fits_the_reason_why_a_gpu_can_not_be_used(
 def test_float16_is_refused_for_t5_and_on_the_cpu(device, is_t5, machine):
     machine((8, 0))
 
-    with pytest.raises(finetune.UserError, match="float16 is for OPT on a GPU"):
+    with pytest.raises(finetune.UserError, match="float16 works only for OPT on a GPU"):
         finetune.choose_device(device, "float16", is_t5, 1)
 
 

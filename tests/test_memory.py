@@ -109,7 +109,7 @@ def limit_memory(monkeypatch):
 
 def read_sizes(output: str) -> list[int]:
     """How many are worked on at a time, each time that this is said to be lowered."""
-    sizes = re.findall(r"^out of memory: (\d+) at a time from now on$", output, re.M)
+    sizes = re.findall(r"^out of memory with \d+ at a time: (\d+) from now on$", output, re.M)
     assert output.count("out of memory") == len(sizes)
     return [int(size) for size in sizes]
 

@@ -493,7 +493,7 @@ def test_pictures_of_one_color_are_used_and_named_by_check(check, tmp_path):
     assert result.skipped == {}
     lines = [line for line in result.out.splitlines() if "\t" not in line]
     [count] = [line for line in lines if f"{len(ONE_COLOR)} pictures" in line]
-    for words in ("one colour", "16", "transparen", "frame"):
+    for words in ("single colour", "16", "transparen", "frame"):
         assert words in count
     for name in ONE_COLOR:
         assert f"{name}.png" in "\n".join(lines)
@@ -509,7 +509,7 @@ def test_a_training_counts_pictures_of_one_color(command, small_data, opt_base):
     code, out, _ = command(TRAIN_DIR=small_data, MODEL_ID=opt_base, EPOCHS=1, SAMPLE_COUNT=0)
 
     assert code == 0
-    [line] = [line for line in out.splitlines() if "one colour" in line]
+    [line] = [line for line in out.splitlines() if "single colour" in line]
     assert "3 pictures" in line
 
 
@@ -537,7 +537,7 @@ def test_a_picture_in_which_something_is_seen_is_not_of_one_color(check, tmp_pat
     write_files(tmp_path / "data", {"a.png": make(), "a.txt": "a cat"})
     result = check(tmp_path / "data")
     assert result.pairs == [("a.png", "a cat")]
-    assert "one colour" not in result.out
+    assert "single colour" not in result.out
 
 
 # ---- New: files that are something else ---------------------------------------------------------

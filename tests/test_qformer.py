@@ -201,7 +201,7 @@ def test_features_of_both_kinds_lie_next_to_each_other(command, small_data, opt_
         )
         assert code == 0
         assert f"pictures: {encoded} to encode" in out
-        [remark] = re.findall("no held-out caption has changed: (.+)", out)
+        [remark] = re.findall("captions of the held-out pictures did not change: (.+)", out)
         assert remedy in remark
     model = Blip2ForConditionalGeneration.from_pretrained(opt_base)
     vision = model.config.vision_config

@@ -441,8 +441,8 @@ def test_a_stopped_restart_is_continued_without_restart(unfinished):
 
     assert stopped.code == 130
     assert stopped.err.endswith(
-        "stopped; to continue, run the same command without --restart; "
-        "if no training step was shown yet, with it\n"
+        "stopped; to continue, run the same command without --restart "
+        "(if no training step was shown yet, keep it)\n"
     )
     assert ", 5 done" in unfinished.finish().out
 

@@ -385,7 +385,7 @@ def test_a_worse_run_keeps_its_best_epoch(worse, opt_base):
 def test_a_worse_run_is_remarked(worse):
     remark = worse.remarks[0]
 
-    assert "the held-out loss is not below" in remark
+    assert "the held-out loss is no lower than before training" in remark
     assert "lower LEARNING_RATE" in remark
 
 
@@ -419,10 +419,10 @@ def test_captions_that_are_nearly_all_alike_are_remarked(
     run = finish(tmp_path / "out", TRAIN_DIR=data, VALIDATION_DIR=data, MODEL_ID=opt_base, EPOCHS=1)
 
     assert [row["after"] for row in run.captioned] == after
-    remarks = [remark for remark in run.remarks if "captions are the same" in remark]
+    remarks = [remark for remark in run.remarks if "nearly the same caption" in remark]
     if is_remarked:
         [remark] = remarks
-        assert "captions are the same: lower LEARNING_RATE" in remark
+        assert "for all held-out pictures: lower LEARNING_RATE" in remark
         assert "held_out.csv" in remark
     else:
         assert remarks == []
@@ -471,7 +471,7 @@ def test_one_held_out_picture_has_no_cider_d(one_held_out):
     assert_not_measured(one_held_out, ("cider_d",))
     no_cider_d, unchanged = one_held_out.remarks
     assert "cider_d is '-': it needs two" in no_cider_d
-    assert "no held-out caption has changed: raise" in unchanged
+    assert "captions of the held-out pictures did not change: raise" in unchanged
 
 
 # ---- losses.png ---------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def test_an_output_folder_that_would_take_other_files_along_is_refused(
     error = refused(**{"TRAIN_DIR": "data", "MODEL_ID": opt_base, "EPOCHS": 1} | settings)
 
     [line] = [line for line in error.splitlines() if words in line]
-    assert_words(line, (repr(settings["OUTPUT_DIR"]), "name a folder of its own"))
+    assert_words(line, (repr(settings["OUTPUT_DIR"]), "choose a separate folder"))
     assert not list(small_data.parent.rglob("*.lock"))
 
 

@@ -213,10 +213,10 @@ def test_check_says_that_the_layout_is_a_table(check, tmp_path, name, content):
 UNUSABLE = [
     no_table("no row is in UTF-8", "file_name,text\na.jpg,é\n".encode("cp1252"), "no picture in"),
     no_table("quotes that do not end", 'file_name,text\na.jpg,"a cat\n', "can't be read"),
-    no_table("no header", "a.jpg,a cat\n", "no names of columns", "Add a row"),
+    no_table("no header", "a.jpg,a cat\n", "no column names", "Add a row"),
     no_table("other columns", "picture,words\na.jpg,a cat\n", "['picture', 'words']", "Rename"),
     no_table("one column", "file_name\na.jpg\n", "one column", "Save the table as CSV"),
-    no_table("no header, with numbers", "a.jpg#0\ta cat\n", "no names of columns", "Add a row"),
+    no_table("no header, with numbers", "a.jpg#0\ta cat\n", "no column names", "Add a row"),
     no_table(
         "a bracket that is missing in line 2",
         '{"file_name": "a.jpg", "text": "a cat"}\n{"file_name": "b.jpg", "text": "a dog"\n{}\n',
@@ -230,7 +230,7 @@ UNUSABLE = [
         "not in the folder itself",
         {**PICTURES, "deeper/metadata.csv": CSV},
         reasons={
-            "deeper/metadata.csv": "a table is read only from TRAIN_DIR",
+            "deeper/metadata.csv": "tables in subfolders are not read; set TRAIN_DIR",
             "a.jpg": "no caption with this name",
             "b.jpg": "no caption with this name",
         },
@@ -239,12 +239,12 @@ UNUSABLE = [
     Case(
         "a table, and captions in folders",
         {**PICTURES, "metadata.csv": CSV, "caption/a.txt": "a cat"},
-        error=("caption/ and Image/ and metadata.csv in", "keep one of them"),
+        error=("'data': caption/ and Image/ and metadata.csv.", "Keep one of them"),
     ),
     Case(
         "two tables",
         {**PICTURES, "metadata.csv": CSV, "metadata.jsonl": JSON_LINES},
-        error=("metadata.csv and metadata.jsonl in", "keep one of them"),
+        error=("'data': metadata.csv and metadata.jsonl.", "Keep one of them"),
     ),
 ]
 
@@ -567,7 +567,7 @@ DATA_SETS = [
         },
         reasons={
             "val2017/a.jpg": "no caption with this name",
-            "annotations/captions_val2017.json": "a table is read only from TRAIN_DIR",
+            "annotations/captions_val2017.json": "tables in subfolders are not read; set TRAIN_DIR",
         },
         error="no picture in",
     ),
@@ -713,7 +713,7 @@ NEIGHBORS = [
         "captions.txt is no table, and the caption of no picture",
         {"a.jpg": None, "a.txt": "a rose", "captions.txt": "a.jpg: a rose\n"},
         pairs=[("a.jpg", "a rose")],
-        reasons={"captions.txt": "it is no table either"},
+        reasons={"captions.txt": "it is not a table either"},
     ),
     Case(
         "results.csv has other columns",
@@ -739,22 +739,22 @@ NEIGHBORS = [
     Case(
         "a table and captions in folders",
         {"captions.csv": CSV, "caption/a.txt": "a rose", "Image/a.jpg": None},
-        error=("captions.csv", "caption", "keep one of them"),
+        error=("captions.csv", "caption", "Keep one of them"),
     ),
     Case(
         "a table and captions next to pictures",
         {**PICTURES, "metadata.csv": CSV, "a.txt": "another rose"},
-        error=("metadata.csv", "<name>.txt", "keep one of them"),
+        error=("metadata.csv", ".txt files", "'a.txt'", "Keep the table or"),
     ),
     Case(
         "two tables of other kinds",
         {**PICTURES, "metadata.csv": CSV, "captions.txt": CSV},
-        error=("metadata.csv", "captions.txt", "keep one of them"),
+        error=("metadata.csv", "captions.txt", "Keep one of them"),
     ),
     Case(
         "two tables, none of which is metadata",
         {**PICTURES, "captions.jsonl": JSON_LINES, "results.csv": CSV},
-        error=("captions.jsonl", "results.csv", "keep one of them"),
+        error=("captions.jsonl", "results.csv", "Keep one of them"),
     ),
     Case(
         "a spreadsheet as it is",
@@ -841,7 +841,10 @@ NO_TABLES = [
         file="metadata.json",
     ),
     no_table(
-        "brackets in brackets", "[" * 100_000, "too many brackets in brackets", file="metadata.json"
+        "brackets in brackets",
+        "[" * 100_000,
+        "brackets are nested too deeply",
+        file="metadata.json",
     ),
     no_table("two columns of one name", "file_name,text,text\na.jpg,a,b\n", "two columns 'text'"),
     no_table(
@@ -859,7 +862,7 @@ NO_TABLES = [
     no_table(
         "COCO's boxes in place of captions",
         coco(TWO_IMAGES, COCO_CAPTIONS).replace('"caption"', '"bbox"'),
-        "has no captions: take the one called captions_",
+        "has no captions: use the file called captions_",
         file="metadata.json",
     ),
     no_table("JSON of captions by name", '{"a.jpg": "a rose"}', "file_name", file="metadata.json"),
