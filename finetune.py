@@ -3320,6 +3320,13 @@ def hash_start_from(settings: argparse.Namespace) -> str:
             f"the adapter in START_FROM {str(folder)!r} was trained with other settings. To go on "
             f"from it, set {', '.join(differences)}."
         )
+
+    earlier_data = record["settings"]["TRAIN_DIR"]
+    if earlier_data != settings.TRAIN_DIR:
+        print(
+            f"data: START_FROM was trained on {printable(earlier_data)}; this run trains on "
+            f"{printable(settings.TRAIN_DIR)}"
+        )
     return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
 
 
@@ -4650,6 +4657,8 @@ def caption_pictures(settings: argparse.Namespace) -> int:
             f"--page {settings.page!r} does not end in .html, and a page is not written over "
             "another kind of file. Use, for example, --page new.html."
         )
+    if settings.write_txt:
+        refuse_tables(pictures)
     print(f"adapter: {printable(settings.OUTPUT_DIR)}", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):
         captioner = load_trained(settings)
@@ -4673,6 +4682,20 @@ def caption_pictures(settings: argparse.Namespace) -> int:
         print_notes(findings, name_files=False)
         print_skipped(findings.skipped, show_all=True)
     return 1 if findings.skipped else 0
+
+
+def refuse_tables(pictures: list[str]) -> None:
+    """Raises UserError where a table is next to a picture: a folder can't have .txt files too."""
+    folders = {os.path.dirname(picture) or "." for picture in pictures}
+    for folder in sorted(folders):
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        for name in names:
+            path = os.path.join(folder, name)
+            if is_wanted(name) and is_table_name(name) and is_table(path, names):
+                raise UserError(
+                    f"there is the table {path!r}, and a folder can have a table or .txt files, "
+                    "not both. Leave out --write-txt, or copy the pictures into another folder."
+                )
 
 
 def write_caption_files(captions: dict[str, Caption]) -> list[str]:

@@ -15,6 +15,7 @@ from helpers import (
     snapshot,
     write_file,
     write_files,
+    write_picture,
 )
 
 import finetune
@@ -399,3 +400,14 @@ def test_a_page_in_a_folder_that_is_not_there_is_told_before_the_model_is_loaded
     assert out == ""
     assert "nowhere" in err
     assert "memory:" not in err
+
+
+def test_no_captions_are_written_next_to_a_table(refused, tmp_path):
+    """The folder could not be used for training after that. The model is not loaded before."""
+    write_picture(tmp_path / "data/a.png")
+    (tmp_path / "data/metadata.csv").write_text("file_name,text\na.png,a rose\n")
+
+    sentence = refused("--caption", str(tmp_path / "data"), "--write-txt")
+
+    assert "metadata.csv" in sentence
+    assert "Leave out --write-txt" in sentence

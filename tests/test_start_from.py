@@ -60,6 +60,7 @@ def test_a_second_training_starts_where_the_first_ended_and_learns_more(folder):
     ended = folder.run(OUTPUT_DIR="second", START_FROM="first")
 
     assert ended.code == 0, ended
+    assert "data: START_FROM was trained on" not in ended.out
     first = folder.read_results("first")["held_out_loss"]["after"]
     second = folder.read_results("second")["held_out_loss"]
     assert second["before"] == pytest.approx(first, rel=1e-5)
@@ -72,11 +73,14 @@ def test_a_second_training_starts_where_the_first_ended_and_learns_more(folder):
 
 
 def test_the_output_folder_may_be_the_same_and_the_earlier_run_is_kept(folder):
+    """On other pictures, which is said: a forgotten flag may be the reason."""
     first = folder.read_adapter("first")
+    shutil.copytree(folder.path / "data", folder.path / "more")
 
-    ended = folder.run(OUTPUT_DIR="first", START_FROM="first")
+    ended = folder.run(OUTPUT_DIR="first", START_FROM="first", TRAIN_DIR="more")
 
     assert ended.code == 0, ended
+    assert "data: START_FROM was trained on data; this run trains on more\n" in ended.out
     assert folder.read_adapter("first") != first
     [earlier] = folder.path.glob("first-????-??-??")
     assert folder.read_adapter(earlier.name) == first
