@@ -4705,7 +4705,9 @@ def write_caption_files(captions: dict[str, Caption]) -> list[str]:
     for picture, caption in captions.items():
         path = Path(picture).with_suffix(".txt")
         names = [name.casefold() for name in os.listdir(path.parent)]
-        if str(path).casefold() in written:
+        if not clean_caption(caption.text):  # which training would not accept
+            print(f"{printable(picture)}: no .txt is written, because its caption is empty.")
+        elif str(path).casefold() in written:
             print(
                 f"{printable(picture)}: no .txt is written, because {path.name} belongs to "
                 "another picture of the same name. Rename one of the two."

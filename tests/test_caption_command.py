@@ -411,3 +411,21 @@ def test_no_captions_are_written_next_to_a_table(refused, tmp_path):
 
     assert "metadata.csv" in sentence
     assert "Leave out --write-txt" in sentence
+
+
+def test_an_empty_caption_is_not_written(tmp_path, capsys):
+    """Training would refuse it, and a later --write-txt would not replace it."""
+    write_picture(tmp_path / "a.png")
+    write_picture(tmp_path / "b.png")
+    captions = {
+        str(tmp_path / "a.png"): finetune.Caption(" ", 0.5),
+        str(tmp_path / "b.png"): finetune.Caption("a rose", 0.5),
+    }
+
+    finetune.write_caption_files(captions)
+
+    assert not (tmp_path / "a.txt").exists()
+    assert (tmp_path / "b.txt").read_text() == "a rose\n"
+    out = capsys.readouterr().out
+    assert "a.png: no .txt is written, because its caption is empty" in out
+    assert "as .txt: 1;" in out
