@@ -974,7 +974,7 @@ def match_names(
 # ---- Layouts
 
 
-TABLE_BELOW = "tables in subfolders are not read; set TRAIN_DIR or VALIDATION_DIR to its folder"
+TABLE_BELOW = "tables in subfolders are not read; set TRAIN_DIR or VALIDATION_DIR to that folder"
 
 
 def read_folders(folder: str, findings: Findings) -> list[Pair]:
@@ -3320,14 +3320,19 @@ def hash_start_from(settings: argparse.Namespace) -> str:
             f"the adapter in START_FROM {str(folder)!r} was trained with other settings. To go on "
             f"from it, set {', '.join(differences)}."
         )
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
 
-    earlier_data = record["settings"]["TRAIN_DIR"]
-    if earlier_data != settings.TRAIN_DIR:
+
+def describe_other_data(settings: argparse.Namespace) -> None:
+    """Says it if START_FROM was trained on another TRAIN_DIR: a flag may have been forgotten."""
+    if not settings.START_FROM:
+        return
+    earlier = read_record(Path(settings.START_FROM))["settings"]["TRAIN_DIR"]
+    if earlier != settings.TRAIN_DIR:
         print(
-            f"data: START_FROM was trained on {printable(earlier_data)}; this run trains on "
+            f"data: START_FROM was trained on {printable(earlier)}; this run trains on "
             f"{printable(settings.TRAIN_DIR)}"
         )
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
 
 
 def is_missing_folder(model_id: str) -> bool:
@@ -4498,6 +4503,7 @@ def fine_tune(settings: argparse.Namespace, data: Data, findings: Findings) -> i
             )
             return make_missing_pages(run.output, read_record(run.output)) if run.is_main else 0
 
+        describe_other_data(settings)
         if run.checkpoint:  # whatever "auto" would be on this device; the record keeps "auto"
             settings.DTYPE = run.checkpoint["record"]["dtype"]
         captioner = load_captioner(settings)
